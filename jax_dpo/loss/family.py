@@ -1,0 +1,184 @@
+"""The losses, one pure function each: scores of pairs in, one value a pair out.
+
+Notation of every formula: a, b are the log-ratios of chosen and rejected, u = phi(a), v = phi(b) their scores after the f-divergence,
+s the sigmoid, l = log s, B = beta, e = label_smoothing, n+ and n- the completion lengths as TRL counts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_dpo.loss.divergence import DIVERGENCES
+from jax_dpo.loss.scores import CHOSEN, REJECTED, PairSums
+
+_log_sigmoid = jax.nn.log_sigmoid
+_sigmoid = jax.nn.sigmoid
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What is static about the loss. `types` and `weights` have one entry for each term."""
+
+    types: tuple[str, ...] = ("sigmoid",)
+    weights: tuple[float, ...] = (1.0,)
+    label_smoothing: float = 0.0
+    f_divergence: str = "reverse_kl"
+    f_alpha: float = 0.5
+    discopop_tau: float = 0.05
+    use_weighting: bool = False
+    kl_reduction: str = "token"
+
+
+class Scores(NamedTuple):
+    """Arrays [R, S]; `beta` a scalar or [R, S]."""
+
+    u: jax.Array
+    v: jax.Array
+    a: jax.Array
+    b: jax.Array
+    n_chosen: jax.Array
+    n_rejected: jax.Array
+    beta: jax.Array
+
+
+def sigmoid(x: Scores, o: LossOptions) -> jax.Array:
+    """-l(B (u - v)): DPO, arXiv 2305.18290 eq. 7. As in TRL, label_smoothing is not read."""
+    return -_log_sigmoid(x.beta * (x.u - x.v))
+
+
+def hinge(x: Scores, o: LossOptions) -> jax.Array:
+    """max(0, 1 - B (u - v)): SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657."""
+    return jax.nn.relu(1.0 - x.beta * (x.u - x.v))
+
+
+def ipo(x: Scores, o: LossOptions) -> jax.Array:
+    """(u/n+ - v/n- - 1/(2B))^2: IPO, arXiv 2310.12036 eq. 17, averaged per token."""
+    return jnp.square(x.u / x.n_chosen - x.v / x.n_rejected - 1.0 / (2.0 * x.beta))
+
+
+def exo_pair(x: Scores, o: LossOptions) -> jax.Array:
+    """q (l(Bd) - ln(1-e)) + (1-q)(l(-Bd) - ln e), q = s(Bd), d = u - v: EXO, arXiv 2402.00856 eq. 16."""
+    z = x.beta * (x.u - x.v)
+    e = o.label_smoothing
+    likely = _sigmoid(z) * (_log_sigmoid(z) - jnp.log1p(-e))
+    return likely + _sigmoid(-z) * (_log_sigmoid(-z) - jnp.log(e))
+
+
+def nca_pair(x: Scores, o: LossOptions) -> jax.Array:
+    """-l(Ba) - l(-Ba)/2 - l(-Bb)/2: NCA, arXiv 2402.05369."""
+    a, b = x.beta * x.a, x.beta * x.b
+    return -_log_sigmoid(a) - 0.5 * _log_sigmoid(-a) - 0.5 * _log_sigmoid(-b)
+
+
+def robust(x: Scores, o: LossOptions) -> jax.Array:
+    """(-(1-e) l(Bd) + e l(-Bd)) / (1 - 2e), d = u - v: robust DPO, arXiv 2403.00409."""
+    z, e = x.beta * (x.u - x.v), o.label_smoothing
+    return (-(1.0 - e) * _log_sigmoid(z) + e * _log_sigmoid(-z)) / (1.0 - 2.0 * e)
+
+
+def bco_pair(x: Scores, o: LossOptions) -> jax.Array:
+    """-l(Ba) - l(-Bb): BCO, arXiv 2404.04656, with a shift of 0."""
+    return -_log_sigmoid(x.beta * x.a) - _log_sigmoid(-x.beta * x.b)
+
+
+def sppo_hard(x: Scores, o: LossOptions) -> jax.Array:
+    """(a - 1/(2B))^2 + (b + 1/(2B))^2: SPPO, arXiv 2405.00675, with hard labels."""
+    half = 0.5 / x.beta
+    return jnp.square(x.a - half) + jnp.square(x.b + half)
+
+
+def apo_zero(x: Scores, o: LossOptions) -> jax.Array:
+    """1 - s(Ba) + s(Bb): APO-zero, arXiv 2408.06266 eq. 7."""
+    return 1.0 - _sigmoid(x.beta * x.a) + _sigmoid(x.beta * x.b)
+
+
+def apo_down(x: Scores, o: LossOptions) -> jax.Array:
+    """s(Ba) + 1 - s(B (a - b)): APO-down, arXiv 2408.06266 eq. 8."""
+    return _sigmoid(x.beta * x.a) + 1.0 - _sigmoid(x.beta * (x.a - x.b))
+
+
+def discopop(x: Scores, o: LossOptions) -> jax.Array:
+    """-l(z)(1 - m) + e^-z m, z = B (u - v), m = s(z/tau): DiscoPOP, arXiv 2406.08414 eq. 5."""
+    z = x.beta * (x.u - x.v)
+    m = _sigmoid(z / o.discopop_tau)
+    return -_log_sigmoid(z) * (1.0 - m) + jnp.exp(-z) * m
+
+
+def sigmoid_norm(x: Scores, o: LossOptions) -> jax.Array:
+    """-l(B (u/n+ - v/n-)): length-normalised DPO (Tulu 3, arXiv 2411.15124)."""
+    return -_log_sigmoid(x.beta * (x.u / x.n_chosen - x.v / x.n_rejected))
+
+
+class Family(NamedTuple):
+    """A loss, and where the KL penalty goes: into the scores, or beside the loss."""
+
+    loss: Callable[[Scores, LossOptions], jax.Array]
+    kl_inside: bool
+
+
+# Inside where the loss falls with the first score and rises with the second everywhere; the others turn back somewhere, so that a
+# penalty inside could reward divergence.
+FAMILIES: dict[str, Family] = {
+    "sigmoid": Family(sigmoid, True),
+    "hinge": Family(hinge, True),
+    "ipo": Family(ipo, False),
+    "exo_pair": Family(exo_pair, False),
+    "nca_pair": Family(nca_pair, False),
+    "robust": Family(robust, False),
+    "bco_pair": Family(bco_pair, True),
+    "sppo_hard": Family(sppo_hard, False),
+    "apo_zero": Family(apo_zero, True),
+    "apo_down": Family(apo_down, False),
+    "discopop": Family(discopop, False),
+    "sigmoid_norm": Family(sigmoid_norm, True),
+}
+
+
+def kl_terms(sums: PairSums, reduction: str) -> tuple[jax.Array, jax.Array]:
+    """K of chosen and rejected [R, S]: sums of token KLs ("sequence"), or those over the tokens of both responses ("token")."""
+    chosen, rejected = sums.kl[..., CHOSEN], sums.kl[..., REJECTED]
+    if reduction == "sequence":
+        return chosen, rejected
+    tokens = jnp.maximum(jnp.sum(sums.tokens, axis=-1), 1.0)
+    return chosen / tokens, rejected / tokens
+
+
+def pair_loss(
+    sums: PairSums, length: jax.Array, beta: jax.Array, kl_coef: jax.Array, options: LossOptions
+) -> jax.Array:
+    """The loss of each pair, [R, S]: the weighted terms with their KL penalty.
+
+    Args:
+      sums: see `scores.pair_sums`.
+      length: [R, S, B] completion lengths as TRL counts them; clamped to at least 1.
+      beta, kl_coef: scalars (arrays, so that they change without a new trace).
+    """
+    a, b = sums.logratio[..., CHOSEN], sums.logratio[..., REJECTED]
+    phi = DIVERGENCES[options.f_divergence]
+    n = jnp.maximum(length.astype(jnp.float32), 1.0)
+    k_chosen, k_rejected = kl_terms(sums, options.kl_reduction)
+    down, up = kl_coef * k_chosen, kl_coef * k_rejected
+    u, v = phi(a, options.f_alpha), phi(b, options.f_alpha)
+    plain = Scores(u, v, a, b, n[..., CHOSEN], n[..., REJECTED], beta)
+    # sigmoid_norm divides by the length first: the penalty lowers its margin by c K all the same.
+    inside = plain._replace(u=u - down, v=v + up, a=a - down, b=b + up)
+    total = jnp.zeros_like(a)
+    for name, weight in zip(options.types, options.weights):
+        family = FAMILIES[name]
+        if name == "sigmoid_norm":
+            lowered = plain._replace(u=u - down * plain.n_chosen, v=v + up * plain.n_rejected)
+            value = family.loss(lowered, options)
+        elif family.kl_inside:
+            value = family.loss(inside, options)
+        else:
+            value = family.loss(plain, options) + beta * (down + up)
+        total = total + weight * value
+    if options.use_weighting:
+        mean = jax.lax.stop_gradient(sums.wpo / jnp.maximum(sums.tokens, 1.0))
+        total = total * jnp.exp(mean[..., CHOSEN] + mean[..., REJECTED])
+    return total

@@ -1,0 +1,65 @@
+"""From token statistics [R, K] to one number a response [R, S, B]."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_dpo.ops.token_stats.types import TokenStats
+
+CHOSEN, REJECTED = 0, 1
+
+
+class PairSums(NamedTuple):
+    """Sums over the scored tokens of each response, [R, S, B] float32; 0 in empty slots."""
+
+    logp: jax.Array
+    """sum log pi, nats (with LD-DPO's weights where they are set)."""
+    ref_logp: jax.Array
+    kl: jax.Array
+    """sum of exact token KLs, nats."""
+    tokens: jax.Array
+    """number of scored tokens."""
+    entropy: jax.Array
+    mean_logit: jax.Array
+    top1: jax.Array
+    wpo: jax.Array
+    """sum of log pi(y) - log sum_v pi(v)^2 (WPO, arXiv 2406.11827)."""
+
+    @property
+    def logratio(self) -> jax.Array:
+        """log pi(y) - log ref(y), nats, [R, S, B]."""
+        return self.logp - self.ref_logp
+
+
+def pair_sums(
+    stats: TokenStats, slot: jax.Array, slots: int, branches: int, token_weight: jax.Array | None
+) -> PairSums:
+    """Segment sums by `slot`.
+
+    Args:
+      stats: per-token results [R, K].
+      slot: [R, K] int32, `branches * pair + branch` of the token; `branches * slots` is padding.
+      token_weight: [R, K] weight of each token's log-probabilities (LD-DPO), None for 1 everywhere.
+    """
+    # One-hot products rather than scatters: they stay on their rows' device and are summed in one fixed order.
+    one_hot = (slot[..., None] == jnp.arange(slots * branches, dtype=jnp.int32)).astype(jnp.float32)
+
+    def add(x: jax.Array) -> jax.Array:
+        total = jnp.einsum("rk,rkj->rj", x, one_hot, precision=jax.lax.Precision.HIGHEST)
+        return total.reshape(slot.shape[0], slots, branches)
+
+    weighted = (lambda x: x) if token_weight is None else (lambda x: x * token_weight)
+    real = (slot < slots * branches).astype(jnp.float32)
+    return PairSums(
+        logp=add(weighted(stats.logp)),
+        ref_logp=add(weighted(stats.ref_logp)),
+        kl=add(stats.kl),
+        tokens=add(real),
+        entropy=add(stats.entropy),
+        mean_logit=add(stats.mean_logit),
+        top1=add(stats.top1),
+        wpo=add(jax.lax.stop_gradient(stats.logp) - stats.log_sum_sq),
+    )

@@ -1,0 +1,148 @@
+"""The one decoder: token ids of packed trees -> final hidden states, for every family that `ModelConfig` can describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jax_dpo.arrays import Tree, flatten, unflatten
+from jax_dpo.models.config import ModelConfig
+from jax_dpo.models.layers import Block, Embedding, Linear, RMSNorm
+from jax_dpo.ops.attention.api import Bounds, attention, tree_bounds
+
+
+class _Stack(nnx.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        self.embed_tokens = Embedding(config)
+        self.layers = Block(config)
+        self.norm = RMSNorm(config, config.hidden_size, stacked=False)
+
+
+class Decoder(nnx.Module):
+    """A causal language model with Hugging Face's parameter names, layers stacked on a leading axis."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.model = _Stack(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config, "lm_head")
+
+
+@cache
+def describe(config: ModelConfig) -> tuple[Any, Tree]:
+    """(graph definition, abstract parameter tree of float32 shapes) of a model; no array is made."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config)))
+    return graph, nnx.to_pure_dict(state)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a leaf of the parameter tree belongs to a LoRA adapter."""
+    return path.endswith((".lora_a", ".lora_b"))
+
+
+def without_adapter(config: ModelConfig) -> ModelConfig:
+    return replace(config, lora=None)
+
+
+def cast_for_compute(params: Mapping[str, Any], dtype: jnp.dtype) -> Tree:
+    """Matrices in the compute dtype, norm weights as they are.
+
+    Done once, on sharded leaves, before the layers gather them: what travels between devices is the small copy.
+    """
+    flat = flatten(params)
+    return unflatten({p: x if p.endswith("norm.weight") else x.astype(dtype) for p, x in flat.items()})
+
+
+def unembedding(config: ModelConfig, params: Mapping[str, Any]) -> jax.Array:
+    """The matrix [V, D] that turns hidden states into logits."""
+    return params["model"]["embed_tokens"]["weight"] if config.tie_word_embeddings else params["lm_head"]["weight"]
+
+
+def _kinds(values: tuple) -> tuple[list, np.ndarray]:
+    """Distinct values in order of appearance, and for every layer the number of its own."""
+    distinct = list(dict.fromkeys(values))
+    return distinct, np.array([distinct.index(v) for v in values], np.int32)
+
+
+def rotary_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    """cos and sin [kinds, R, T, H/2] float32 of the distinct rotary embeddings, and which one each layer uses [L]."""
+    ropes, rope_of_layer = _kinds(config.layer_ropes)
+    frequencies = jnp.asarray(np.stack([r.inverse_frequencies(config.head_dim) for r in ropes]))
+    factor = jnp.asarray([r.attention_factor for r in ropes], jnp.float32)[:, None, None, None]
+    angle = positions.astype(jnp.float32)[None, :, :, None] * frequencies[:, None, None, :]
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor, rope_of_layer
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
+def hidden_states(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    pair: jax.Array,
+    branch: jax.Array,
+    *,
+    remat: bool = False,
+    dropout_key: jax.Array | None = None,
+    constrain: Callable[[jax.Array], jax.Array] = _same,
+    replicate: Callable[[jax.Array], jax.Array] = _same,
+    implementation: str = "chunked",
+) -> jax.Array:
+    """Final hidden states (after the last norm) of packed trees.
+
+    Args:
+      params: the parameter tree in the compute dtype (`cast_for_compute`).
+      tokens, positions, pair, branch: [R, T] int32, see `data.batch.Batch`.
+      remat: keep only the attention's output between forward and backward and run the rest of each block again.
+      dropout_key: turns the adapter's dropout on.
+      constrain: puts the sharding of activations [R, T, D] where automatic partitioning would guess.
+      replicate: the same for the embedding table before the lookup.
+    Returns:
+      [R, T, D] in the dtype of the embeddings.
+    """
+    graph, _ = describe(config)
+    model = nnx.merge(graph, params)
+    windows, window_of_layer = _kinds(config.layer_windows)
+    bounds = Bounds(*(jnp.stack(x) for x in zip(*(tree_bounds(pair, branch, w) for w in windows))))
+    cos, sin, rope_of_layer = rotary_tables(config, positions)
+    block_graph, stacked = nnx.split(model.model.layers)
+    stacked = nnx.to_pure_dict(stacked)
+    scale = config.head_dim**-0.5
+
+    def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+        weights, window, rope, index = layer
+        block = nnx.merge(block_graph, weights)
+        mine = Bounds(*(b[window] for b in bounds))
+        mix = partial(attention, bounds=mine, scale=scale, implementation=implementation)
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        return constrain(block(x, cos[rope], sin[rope], mix, key)), None
+
+    if remat:
+        keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+        body = jax.checkpoint(body, policy=keep, prevent_cse=False)
+    x = constrain(replicate(model.model.embed_tokens.weight[...])[tokens])
+    index = jnp.arange(config.num_layers, dtype=jnp.int32)
+    per_layer = (stacked, jnp.asarray(window_of_layer), jnp.asarray(rope_of_layer), index)
+    x, _ = jax.lax.scan(body, x, per_layer)
+    return model.model.norm(x)
+
+
+def logits(config: ModelConfig, params: Mapping[str, Any], input_ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, T, V] float32 logits of ordinary padded sequences; `mask` [B, T] is 1 on real tokens, padding left or right.
+
+    A plain sequence is a tree without branches. Positions count from the first real token.
+    """
+    pair = mask.astype(jnp.int32)
+    positions = jnp.maximum(jnp.cumsum(pair, axis=1) - 1, 0)
+    hidden = hidden_states(config, params, input_ids, positions, pair, jnp.zeros_like(pair))
+    return jnp.einsum("btd,vd->btv", hidden, unembedding(config, params), preferred_element_type=jnp.float32)

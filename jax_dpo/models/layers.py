@@ -1,0 +1,150 @@
+"""The parts of a decoder block, with Hugging Face's names and weight orientation ([out, in]).
+
+Modules only describe: they are built abstractly (`decoder.describe`), and the arrays live in the pure parameter tree.
+Shape letters: R rows, T tokens, D model, N heads, G key-value heads, H head size, F feed-forward, L layers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_dpo.models.config import ModelConfig, has_bias, linear_shapes
+from jax_dpo.models.lora import LoraSpec
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Lora(nnx.Param):
+    """A trainable low-rank factor."""
+
+
+class Linear(nnx.Module):
+    """x W^T + b, and with an adapter + scale B A dropout(x)."""
+
+    def __init__(self, config: ModelConfig, path: str) -> None:
+        out, into = linear_shapes(config)[path]
+        stack = (config.num_layers,) if path.startswith("model.layers.") else ()
+        self.lora: LoraSpec | None = config.lora if config.lora and path in config.lora.targets else None
+        self.dropout_id = zlib.crc32(path.encode()) & 0x7FFFFFFF
+        self.weight = nnx.Param(jnp.zeros((*stack, out, into)))
+        if has_bias(config, path):
+            self.bias = nnx.Param(jnp.zeros((*stack, out)))
+        if self.lora:
+            self.lora_a = Lora(jnp.zeros((*stack, self.lora.r, into)))
+            self.lora_b = Lora(jnp.zeros((*stack, out, self.lora.r)))
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """[..., in] -> [..., out], in the dtype of `x`."""
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        if hasattr(self, "bias"):
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora is None:
+            return y
+        if dropout_key is not None and self.lora.dropout > 0:
+            keep = 1.0 - self.lora.dropout
+            kept = jax.random.bernoulli(jax.random.fold_in(dropout_key, self.dropout_id), keep, x.shape)
+            x = jnp.where(kept, x / keep, 0).astype(x.dtype)
+        low = jnp.einsum("...i,ri->...r", x, self.lora_a[...].astype(x.dtype))
+        return y + self.lora.scale * jnp.einsum("...r,or->...o", low, self.lora_b[...].astype(x.dtype))
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean x^2 + eps) * weight (arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, config: ModelConfig, size: int, *, stacked: bool) -> None:
+        self.eps = config.rms_norm_eps
+        self.weight = nnx.Param(jnp.ones((config.num_layers, size) if stacked else (size,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary position embedding in the half-split layout: x [R, T, N, H], cos and sin [R, T, H/2] float32."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """The projections round the attention op; the op itself is handed in by the caller."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, Linear(config, f"model.layers.self_attn.{name}"))
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config, config.head_dim, stacked=True)
+            self.k_norm = RMSNorm(config, config.head_dim, stacked=True)
+
+    def project(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [R, T, D] -> q [R, T, N, H], k and v [R, T, G, H], with positions in q and k."""
+        R, T, _ = x.shape
+        c = self.config
+        q = self.q_proj(x, dropout_key).reshape(R, T, c.num_heads, c.head_dim)
+        k = self.k_proj(x, dropout_key).reshape(R, T, c.num_kv_heads, c.head_dim)
+        v = self.v_proj(x, dropout_key).reshape(R, T, c.num_kv_heads, c.head_dim)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def output(self, mixed: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        """[R, T, N, H] -> [R, T, D]."""
+        return self.o_proj(mixed.reshape(*mixed.shape[:2], -1), dropout_key)
+
+
+class MLP(nnx.Module):
+    """down(act(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.act = config.hidden_act
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(self, name, Linear(config, f"model.layers.mlp.{name}"))
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+        gate = ACTIVATIONS[self.act](self.gate_proj(x, dropout_key))
+        return self.down_proj(gate * self.up_proj(x, dropout_key), dropout_key)
+
+
+class Block(nnx.Module):
+    """One decoder block; its parameters are those of all layers, stacked, until the scan hands it one layer's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.input_layernorm = RMSNorm(config, config.hidden_size, stacked=True)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size, stacked=True)
+        self.mlp = MLP(config)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        mix: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """x [R, T, D] -> [R, T, D]; `mix(q, k, v)` is the attention op."""
+        q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin, dropout_key)
+        x = x + self.self_attn.output(mix(q, k, v), dropout_key)
+        return x + self.mlp(self.post_attention_layernorm(x), dropout_key)
+
+
+class Embedding(nnx.Module):
+    """Token embeddings [V, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.weight = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size)))
