@@ -153,6 +153,8 @@ def pair_loss(
 ) -> jax.Array:
     """The loss of each pair, [R, S]: the weighted terms with their KL penalty.
 
+    `sft` is no loss of a pair but of the chosen tokens of a micro-batch: only its penalty is here, the step adds the term itself.
+
     Args:
       sums: see `scores.pair_sums`.
       length: [R, S, B] completion lengths as TRL counts them; clamped to at least 1.
@@ -169,6 +171,9 @@ def pair_loss(
     inside = plain._replace(u=u - down, v=v + up, a=a - down, b=b + up)
     total = jnp.zeros_like(a)
     for name, weight in zip(options.types, options.weights):
+        if name == "sft":
+            total = total + weight * beta * (down + up)
+            continue
         family = FAMILIES[name]
         if name == "sigmoid_norm":
             lowered = plain._replace(u=u - down * plain.n_chosen, v=v + up * plain.n_rejected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +13,23 @@ CHOSEN, REJECTED = 0, 1
 
 
 class PairSums(NamedTuple):
-    """Sums over the scored tokens of each response, [R, S, B] float32; 0 in empty slots."""
+    """Sums over the scored tokens of each response, [R, S, B] float32, on the device or as numpy; 0 in empty slots."""
 
-    logp: jax.Array
+    logp: Any
     """sum log pi, nats (with LD-DPO's weights where they are set)."""
-    ref_logp: jax.Array
-    kl: jax.Array
+    ref_logp: Any
+    kl: Any
     """sum of exact token KLs, nats."""
-    tokens: jax.Array
+    tokens: Any
     """number of scored tokens."""
-    entropy: jax.Array
-    mean_logit: jax.Array
-    top1: jax.Array
-    wpo: jax.Array
+    entropy: Any
+    mean_logit: Any
+    top1: Any
+    wpo: Any
     """sum of log pi(y) - log sum_v pi(v)^2 (WPO, arXiv 2406.11827)."""
 
     @property
-    def logratio(self) -> jax.Array:
+    def logratio(self) -> Any:
         """log pi(y) - log ref(y), nats, [R, S, B]."""
         return self.logp - self.ref_logp
 

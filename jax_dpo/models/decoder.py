@@ -116,7 +116,6 @@ def hidden_states(
     bounds = Bounds(*(jnp.stack(x) for x in zip(*(tree_bounds(pair, branch, w) for w in windows))))
     cos, sin, rope_of_layer = rotary_tables(config, positions)
     block_graph, stacked = nnx.split(model.model.layers)
-    stacked = nnx.to_pure_dict(stacked)
     scale = config.head_dim**-0.5
 
     def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
@@ -132,7 +131,7 @@ def hidden_states(
         body = jax.checkpoint(body, policy=keep, prevent_cse=False)
     x = constrain(replicate(model.model.embed_tokens.weight[...])[tokens])
     index = jnp.arange(config.num_layers, dtype=jnp.int32)
-    per_layer = (stacked, jnp.asarray(window_of_layer), jnp.asarray(rope_of_layer), index)
+    per_layer = (nnx.to_pure_dict(stacked), jnp.asarray(window_of_layer), jnp.asarray(rope_of_layer), index)
     x, _ = jax.lax.scan(body, x, per_layer)
     return model.model.norm(x)
 

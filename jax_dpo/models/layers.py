@@ -83,8 +83,10 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, Linear(config, f"model.layers.self_attn.{name}"))
+        self.q_proj = Linear(config, "model.layers.self_attn.q_proj")
+        self.k_proj = Linear(config, "model.layers.self_attn.k_proj")
+        self.v_proj = Linear(config, "model.layers.self_attn.v_proj")
+        self.o_proj = Linear(config, "model.layers.self_attn.o_proj")
         if config.qk_norm:
             self.q_norm = RMSNorm(config, config.head_dim, stacked=True)
             self.k_norm = RMSNorm(config, config.head_dim, stacked=True)
@@ -112,8 +114,9 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         self.act = config.hidden_act
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(self, name, Linear(config, f"model.layers.mlp.{name}"))
+        self.gate_proj = Linear(config, "model.layers.mlp.gate_proj")
+        self.up_proj = Linear(config, "model.layers.mlp.up_proj")
+        self.down_proj = Linear(config, "model.layers.mlp.down_proj")
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         gate = ACTIVATIONS[self.act](self.gate_proj(x, dropout_key))

@@ -23,7 +23,9 @@ def mesh_shape(devices: int, data: int, fsdp: int, tensor: int) -> tuple[int, in
     shape = [data, fsdp, tensor]
     options = [f"mesh_{axis} {size}" for axis, size in zip(AXES, shape)]
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise UserError("mesh-shape", f"{', '.join(options)}: each must be a positive number, and at most one may be -1.")
+        raise UserError(
+            "mesh-shape", f"{', '.join(options)}: each must be a positive number, and at most one may be -1."
+        )
     if -1 in shape:
         rest = math.prod(size for size in shape if size != -1)
         shape[shape.index(-1)] = max(devices // rest, 1)

@@ -12,7 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_dpo.sharding.mesh import ROWS
 
 
-def from_reader(shape: tuple[int, ...], dtype: Any, read: Callable[[tuple[slice, ...]], np.ndarray], sharding: NamedSharding) -> jax.Array:
+def from_reader(
+    shape: tuple[int, ...], dtype: Any, read: Callable[[Any], np.ndarray], sharding: NamedSharding
+) -> jax.Array:
     """An array whose shards are read one by one: `read(index)` gives the part of the whole at `index`."""
     return jax.make_array_from_callback(shape, sharding, lambda index: np.asarray(read(index), dtype))
 
@@ -24,7 +26,7 @@ def row_range(mesh: Mesh, rows: int) -> tuple[int, int]:
     feed the same range.
     """
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
-    mine = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values()]
+    mine = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values() if index]
     starts = [s.start or 0 for s in mine]
     stops = [rows if s.stop is None else s.stop for s in mine]
     return min(starts), max(stops)

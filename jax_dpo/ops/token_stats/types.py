@@ -24,4 +24,3 @@ class TokenStats(NamedTuple):
     """log sum_v pi(v)^2 (the weight of WPO, arXiv 2406.11827)."""
     top1: jax.Array
     """1 where the target is the policy's most likely token, the lowest id winning a tie; else 0."""
-

@@ -1,0 +1,346 @@
+"""DPOConfig: every option of a training run, flat, under TRL's names and with TRL 1.16's defaults.
+
+What only jax_dpo has is off by default, or only watches, so that a ported script gives the same numbers.
+"""
+
+# ruff: noqa: RUF009 (`option` makes a dataclass field)
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from jax_dpo.config.advice import ADVICE, PYTHON_ADVICE, VALUE_ADVICE
+from jax_dpo.config.fields import (
+    Problem,
+    above,
+    at_least,
+    count_or,
+    default_of,
+    option,
+    read,
+    steps_or_share,
+    unknown_option,
+    validated,
+    within,
+)
+from jax_dpo.config.rules import (
+    DROP_REASONS,
+    F_DIVERGENCES,
+    KL_ACTIONS,
+    LOSS_TYPES,
+    SCHEDULERS,
+    problems_between,
+    warnings_of,
+)
+
+
+def check_config(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """(value of every option, everything that is wrong with what was given)."""
+    known = [item.name for item in dataclasses.fields(cls)]
+    unknown = [unknown_option(name, known, ADVICE | PYTHON_ADVICE) for name in given if name not in known]
+    values, problems = check_values(cls, {name: value for name, value in given.items() if name in known})
+    return values, unknown + problems
+
+
+def check_values(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """As `check_config`, for names that are all known: each value by itself, then the values together."""
+    values, problems = read(cls, given, VALUE_ADVICE)
+    if values.get("resume_from_checkpoint") is False:
+        values["resume_from_checkpoint"] = None
+    if isinstance(values.get("report_to"), list) and set(values["report_to"]) <= {"none"}:
+        values["report_to"] = "none"
+    return values, problems + problems_between(values)
+
+
+@validated(check_config)
+@dataclass(frozen=True)
+class DPOConfig:
+    """The options of a run. Names, meanings and defaults are those of TRL 1.16's DPOConfig; the last two groups are jax_dpo's own.
+
+    Raises one `UserError` that names every option that cannot be used: unknown names (with the nearest, or with what to write
+    instead), values of the wrong type, values that cannot be, options that exclude each other. Values that are only unusual are
+    listed by `warnings`.
+    """
+
+    output_dir: str = option("trainer_output", "Directory that everything is written to.", group="Run")
+    _: KW_ONLY
+    overwrite_output_dir: bool = option(False, "Delete the run that output_dir holds and start over.", group="Run")
+    resume_from_checkpoint: bool | str | None = option(
+        None,
+        "What to do with the run in output_dir: true goes on from its newest checkpoint, a path from that checkpoint, auto goes on "
+        "where there is an unfinished run of the same options and else starts; unset refuses a directory that holds a run.",
+        group="Run",
+    )
+    run_name: str | None = option(None, "Name of the run in reports.", group="Run")
+    seed: int = option(42, "Seed of everything random.", group="Run", check=within(0, 2**32 - 1))
+    data_seed: int | None = option(
+        None, "Seed of the order of the pairs; unset, that is seed.", group="Run", check=within(0, 2**32 - 1)
+    )
+
+    num_train_epochs: float = option(
+        3.0, "Times that the data are gone through; max_steps wins over it.", group="Steps and batches", check=above(0)
+    )
+    max_steps: int = option(
+        -1,
+        "Number of optimizer steps; -1: as many as num_train_epochs needs.",
+        group="Steps and batches",
+        check=count_or(-1, 0),
+    )
+    per_device_train_batch_size: int = option(
+        8, "Pairs of a micro-batch on one device.", group="Steps and batches", check=at_least(1)
+    )
+    per_device_eval_batch_size: int = option(
+        8, "Pairs of an evaluation batch on one device.", group="Steps and batches", check=at_least(1)
+    )
+    gradient_accumulation_steps: int = option(
+        1,
+        "Micro-batches of one optimizer step. A step takes per_device_train_batch_size * gradient_accumulation_steps * data-parallel "
+        "devices pairs.",
+        group="Steps and batches",
+        check=at_least(1),
+    )
+    train_sampling_strategy: str = option(
+        "random",
+        "Order of the pairs: random (new in each epoch, TRL's order for the same seed) or sequential (the file's own order).",
+        group="Steps and batches",
+        choices=("random", "sequential"),
+    )
+
+    learning_rate: float = option(
+        1e-6, "Peak learning rate. Around 1e-5 for LoRA.", group="Optimizer", check=at_least(0)
+    )
+    lr_scheduler_type: str = option(
+        "linear", "How the rate falls after the warm-up.", group="Optimizer", choices=SCHEDULERS
+    )
+    lr_scheduler_kwargs: dict[str, Any] | None = option(
+        None, "Options of the schedule, as JSON: '{\"min_lr_rate\": 0.1}' for cosine_with_min_lr.", group="Optimizer"
+    )
+    warmup_steps: int | float = option(
+        0,
+        "Steps in which the rate rises from 0; below 1, the share of all steps.",
+        group="Optimizer",
+        check=steps_or_share(zero=True),
+    )
+    optim: str = option(
+        "adamw_torch_fused",
+        "Optimizer: AdamW by torch's formula (both names mean it).",
+        group="Optimizer",
+        choices=("adamw_torch", "adamw_torch_fused"),
+    )
+    weight_decay: float = option(
+        0.0, "Decay of AdamW; biases and norm weights are not decayed.", group="Optimizer", check=at_least(0)
+    )
+    adam_beta1: float = option(0.9, "First moment's decay.", group="Optimizer", check=within(0, 1, open_high=True))
+    adam_beta2: float = option(0.999, "Second moment's decay.", group="Optimizer", check=within(0, 1, open_high=True))
+    adam_epsilon: float = option(1e-8, "Added to the root of the second moment.", group="Optimizer", check=at_least(0))
+    max_grad_norm: float = option(
+        1.0, "Gradients are scaled down to this norm; 0 does not clip.", group="Optimizer", check=at_least(0)
+    )
+
+    bf16: bool | None = option(
+        None,
+        "Compute in bfloat16 with float32 weights; false is float32 throughout; unset, bfloat16 on a TPU or GPU and float32 on a CPU.",
+        group="Precision and memory",
+    )
+    fp16: bool = option(False, "Not supported: write bf16.", group="Precision and memory")
+    gradient_checkpointing: bool = option(
+        True, "Recompute each layer in the backward pass: less memory, a third more time.", group="Precision and memory"
+    )
+    micro_batch_tokens: int | None = option(
+        None,
+        "Most tokens that one device works on at a time; unset, those of per_device_train_batch_size pairs. Lowers memory and changes "
+        "no result.",
+        group="Precision and memory",
+        check=at_least(1),
+    )
+    share_prompt: bool = option(
+        True,
+        "Compute the prompt of a pair once for both answers; false gives each answer its own copy.",
+        group="Precision and memory",
+    )
+
+    eval_strategy: str = option(
+        "no", "When held-out pairs are evaluated.", group="Evaluation", choices=("no", "steps", "epoch")
+    )
+    eval_steps: int | float | None = option(
+        None,
+        "Steps between evaluations; below 1, the share of all steps; unset, logging_steps.",
+        group="Evaluation",
+        check=steps_or_share(),
+    )
+    eval_on_start: bool = option(False, "Evaluate before the first step too.", group="Evaluation")
+    generate_samples: int = option(
+        0,
+        "Number of held-out prompts that the reference and the policy answer, at the start and at the end.",
+        group="Evaluation",
+        check=at_least(0),
+    )
+
+    save_strategy: str = option(
+        "steps", "When a checkpoint is saved.", group="Checkpoints", choices=("no", "steps", "epoch")
+    )
+    save_steps: int | float = option(
+        500, "Steps between checkpoints; below 1, the share of all steps.", group="Checkpoints", check=steps_or_share()
+    )
+    save_total_limit: int | None = option(
+        None, "Most checkpoints that are kept; the best one always is.", group="Checkpoints", check=at_least(1)
+    )
+    metric_for_best_model: str | None = option(
+        None,
+        "Metric that ranks checkpoints, such as loss or rewards/accuracies; unset, the reward margin of those whose KL is within "
+        "target_kl.",
+        group="Checkpoints",
+    )
+    greater_is_better: bool | None = option(
+        None, "Whether a larger metric is better; unset, so unless its name ends in loss.", group="Checkpoints"
+    )
+    load_best_model_at_end: bool = option(
+        False, "Go back to the best checkpoint when the training ends.", group="Checkpoints"
+    )
+
+    logging_steps: int | float = option(
+        10, "Steps between log lines; below 1, the share of all steps.", group="Logging", check=steps_or_share()
+    )
+    logging_first_step: bool = option(False, "Log the first step too.", group="Logging")
+    report_to: str | list[str] = option(
+        "none",
+        "Where curves are written beside run.jsonl; all is each that is installed.",
+        group="Logging",
+        choices=("none", "tensorboard", "wandb", "all"),
+    )
+
+    max_length: int | None = option(
+        1024, "Most tokens of prompt and one answer; null does not cut.", group="Data", check=at_least(1)
+    )
+    max_prompt_length: int | None = option(
+        None,
+        "Most tokens of a prompt; a longer one loses its beginning. Unset, prompts are not cut.",
+        group="Data",
+        check=at_least(1),
+    )
+    truncation_mode: str = option(
+        "keep_start",
+        "What is kept of a sequence that is too long.",
+        group="Data",
+        choices=("keep_start", "keep_end"),
+    )
+    drop_rows: list[str] = option(
+        ["invalid"],
+        "Which faulty rows are left out; an invalid row that is not left out is an error.",
+        group="Data",
+        choices=DROP_REASONS,
+    )
+    min_score_gap: float = option(
+        0.15,
+        "Least difference of the two scores, where the data have them; drop_rows small_gap leaves out the rest.",
+        group="Data",
+        check=at_least(0),
+    )
+    dataset_cache_dir: str | None = option(
+        None, "Where tokenized data are kept for the next run; unset, in the user's cache directory.", group="Data"
+    )
+
+    loss_type: list[str] = option(["sigmoid"], "The loss, or several that are added.", group="Loss", choices=LOSS_TYPES)
+    loss_weights: list[float] | None = option(None, "Weight of each loss; unset, all 1.", group="Loss")
+    beta: float = option(0.1, "How strongly the policy is held to the reference.", group="Loss", check=above(0))
+    label_smoothing: float = option(
+        0.0,
+        "Share of labels taken as wrong; read by robust and exo_pair.",
+        group="Loss",
+        check=within(0, 1, open_high=True),
+    )
+    f_divergence_type: str = option(
+        "reverse_kl", "Divergence whose derivative turns a log-ratio into a score.", group="Loss", choices=F_DIVERGENCES
+    )
+    f_alpha_divergence_coef: float = option(0.5, "Alpha of alpha_divergence.", group="Loss")
+    ld_alpha: float | None = option(
+        None,
+        "Weight of the tokens beyond the shorter answer's length (LD-DPO); unset, 1.",
+        group="Loss",
+        check=at_least(0),
+    )
+    use_weighting: bool = option(False, "Weigh pairs by the policy's probability of them (WPO).", group="Loss")
+    discopop_tau: float = option(0.05, "Temperature of the discopop loss.", group="Loss", check=above(0))
+    disable_dropout: bool = option(True, "No dropout, LoRA's included.", group="Loss")
+
+    target_kl: float = option(
+        0.1,
+        "Bound on the KL divergence of the policy from the reference, in nats per response token: watched, ranked by, judged by.",
+        group="KL control",
+        check=above(0),
+    )
+    kl_coef: float = option(
+        0.0, "Weight of the exact KL as a penalty in the loss; 0 is plain DPO.", group="KL control", check=at_least(0)
+    )
+    kl_reduction: str = option(
+        "token",
+        "KL of the penalty: mean of a pair's tokens, or sum of its sequences.",
+        group="KL control",
+        choices=("token", "sequence"),
+    )
+    kl_actions: list[str] = option(
+        [],
+        "What is done, in this order, when an evaluation's KL is over target_kl.",
+        group="KL control",
+        choices=KL_ACTIONS,
+    )
+    adaptive_beta: bool = option(
+        False, "Raise beta while the KL is over target_kl, lower it while it is under half of it.", group="KL control"
+    )
+    adaptive_beta_rate: float = option(
+        0.1,
+        "Share by which adaptive_beta changes beta.",
+        group="KL control",
+        check=within(0, 1, open_low=True, open_high=True),
+    )
+
+    mesh_data: int = option(
+        1, "Replicas of the model, across slices; -1: all devices that are left.", group="Devices", check=count_or(-1)
+    )
+    mesh_fsdp: int = option(
+        -1,
+        "Devices that share parameters, gradients and optimizer state; -1: all that are left.",
+        group="Devices",
+        check=count_or(-1),
+    )
+    mesh_tensor: int = option(
+        1, "Devices that share each matrix product; -1: all devices that are left.", group="Devices", check=count_or(-1)
+    )
+    compile_cache_dir: str | None = option(
+        None,
+        "Where compiled programs are kept for the next run; unset, in the user's cache directory.",
+        group="Devices",
+    )
+    coordinator_address: str | None = option(
+        None, "Address and port of process 0, where no cluster is recognised.", group="Devices"
+    )
+    num_processes: int | None = option(None, "Number of processes of the run.", group="Devices", check=at_least(1))
+    process_id: int | None = option(None, "Number of this process, from 0.", group="Devices", check=at_least(0))
+
+    def validate(self) -> None:
+        """Raises the `UserError` that making the object would raise. A made object has passed it already."""
+        type(self)(**self.to_dict())
+
+    def warnings(self, *, adapter: bool = False, data_parallel: int = 1) -> list[str]:
+        """Sentences on values that are unusual; the run goes on with them.
+
+        `adapter`: LoRA is trained, whose learning rates are higher. `data_parallel`: devices that take pairs of their own.
+        """
+        return warnings_of(self.to_dict(), adapter=adapter, data_parallel=data_parallel)
+
+    def to_dict(self) -> dict[str, Any]:
+        """{option: value} of every option, as it could be written in JSON or YAML."""
+        return {item.name: copy.copy(getattr(self, item.name)) for item in dataclasses.fields(self)}
+
+    def changed(self) -> dict[str, Any]:
+        """{option: value} of the options that differ from their defaults."""
+        defaults = {item.name: default_of(item) for item in dataclasses.fields(self)}
+        return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> DPOConfig:
+        """The inverse of `to_dict`; options that are left out have their defaults."""
+        return cls(**options)

@@ -1,0 +1,66 @@
+"""From a command line to (ScriptArguments, DPOConfig): YAML files first, in their order, then the command line's options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jax_dpo.config.advice import ADVICE
+from jax_dpo.config.fields import Problem, refuse, unknown_option
+from jax_dpo.config.flags import option_types, read_flags
+from jax_dpo.config.options import DPOConfig, check_values
+from jax_dpo.config.script import ScriptArguments, check_script
+from jax_dpo.config.yaml_file import read_yaml
+from jax_dpo.errors import UserError
+
+ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
+
+
+def parse(
+    argv: Sequence[str], *, needs: Sequence[str] = (), data_first: bool = False
+) -> tuple[ScriptArguments, DPOConfig]:
+    """Options from YAML files (positional, or after --config) and from the command line, which wins.
+
+    `needs` names the arguments that must be given. With `data_first` a positional that is no YAML file is the data set.
+    Raises one `UserError` that tells everything that is wrong, with the file in which it stands.
+    """
+    hints = option_types(ScriptArguments, DPOConfig)
+    flags = read_flags(argv, hints, aliases=ALIASES, advice=ADVICE, with_files=True)
+    problems = list(flags.problems)
+    data = _data(flags.positionals, data_first)
+    given: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for path in flags.files:
+        for name, value in read_yaml(path).items():
+            given[name], origins[name] = value, path
+    if data is not None:
+        given["dataset_name"], origins["dataset_name"] = data, "command line"
+    for name, value in flags.given.items():
+        given[name], origins[name] = value, "command line"
+    for name in [name for name in given if name not in hints]:
+        problems.append(unknown_option(name, hints, ADVICE))
+        del given[name]
+    mine = {item.name for item in dataclasses.fields(ScriptArguments)}
+    script, wrong_script = check_script(ScriptArguments, {name: value for name, value in given.items() if name in mine})
+    config, wrong_config = check_values(DPOConfig, {name: value for name, value in given.items() if name not in mine})
+    problems += wrong_script + wrong_config
+    problems += [Problem(name, _NEEDED[name]) for name in needs if not given.get(name) and name in _NEEDED]
+    refuse(problems, origins)
+    return ScriptArguments(**script), DPOConfig(**config)
+
+
+_NEEDED = {
+    "model_name_or_path": "is needed: a Hugging Face directory, a GGUF file or a Hub name",
+    "dataset_name": "is needed: a JSONL, JSON, Parquet or CSV file, a directory or a Hub name",
+}
+
+
+def _data(positionals: Sequence[str], data_first: bool) -> str | None:
+    """The data set among the positionals; the others have no place."""
+    if len(positionals) <= int(data_first):
+        return positionals[0] if positionals else None
+    expected = "expected YAML files (.yaml, .yml) and options that begin with --"
+    if data_first:
+        expected = "expected one data set, YAML files and options that begin with --"
+    raise UserError("unexpected-argument", f"unexpected argument {positionals[-1]!r}; {expected}")

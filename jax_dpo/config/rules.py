@@ -1,0 +1,262 @@
+"""Which values exist, which exclude each other, and which are unusual.
+
+Facts about losses and schedules are those of TRL 1.16 and transformers 5.24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jax_dpo.config.fields import Problem, nearest, show
+
+LOSS_TYPES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+KL_ACTIONS = ("halve_lr", "raise_beta", "rollback")
+DROP_REASONS = ("invalid", "empty", "identical", "duplicate", "small_gap")
+
+# Losses whose scores go through the f-divergence; the others take the plain log-ratios.
+_WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+# Losses that read label_smoothing.
+_WITH_SMOOTHING = {"robust", "exo_pair"}
+
+# What lr_scheduler_kwargs may hold for each schedule.
+_SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "constant": (),
+    "constant_with_warmup": (),
+    "inverse_sqrt": ("timescale",),
+    "polynomial": ("lr_end", "power"),
+    "cosine_with_restarts": ("num_cycles",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "warmup_stable_decay": (
+        "num_decay_steps",
+        "num_stable_steps",
+        "warmup_type",
+        "decay_type",
+        "min_lr_ratio",
+        "num_cycles",
+    ),
+}
+SCHEDULERS = tuple(_SCHEDULER_KWARGS)
+_RAMPS = ("linear", "cosine", "1-sqrt")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Something that must hold between options: `wrong` gets their values and says what is wrong, or None.
+
+    The first of `options` is the one that the message is about. A rule is left out where one of its options is faulty by itself.
+    """
+
+    options: tuple[str, ...]
+    wrong: Callable[..., str | None]
+
+
+def _loss_weights(weights: list[float] | None, losses: list[str]) -> str | None:
+    if weights is None or len(weights) == len(losses):
+        return None
+    return f"found {len(weights)} weights for {len(losses)} losses ({', '.join(losses)}), expected one for each"
+
+
+def _some_loss(losses: list[str]) -> str | None:
+    return None if losses else "found an empty list, expected at least one loss, such as sigmoid"
+
+
+def _smoothing(smoothing: float, losses: list[str]) -> str | None:
+    if "robust" in losses and smoothing >= 0.5:
+        return f"found {show(smoothing)}, expected less than 0.5 for loss_type robust, which divides by 1 - 2 * label_smoothing"
+    if "exo_pair" in losses and smoothing == 0:
+        return "found 0.0, expected more than 0 for loss_type exo_pair, which takes its logarithm; its paper has 0.001"
+    return None
+
+
+def _divergence(kind: str, losses: list[str]) -> str | None:
+    plain = [loss for loss in losses if loss not in _WITH_DIVERGENCE]
+    if kind == "reverse_kl" or not plain:
+        return None
+    return f"found {show(kind)}, expected reverse_kl with loss_type {', '.join(plain)}, which takes no other divergence"
+
+
+def _weighting(on: bool, losses: list[str]) -> str | None:
+    without = [loss for loss in losses if loss == "sft"]
+    if not on or not without:
+        return None
+    return f"found true, expected false with loss_type {', '.join(without)}, which is no value of single pairs"
+
+
+def _scheduler_kwargs(kwargs: dict[str, Any] | None, scheduler: str, rate: float) -> str | None:
+    given, known = kwargs or {}, _SCHEDULER_KWARGS[scheduler]
+    for key, value in given.items():
+        if key not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes no options"
+            close = nearest(key, known, n=1)
+            return f"found {key}, but {scheduler} {takes}" + (f"; did you mean {close[0]}?" if close else "")
+        if key in ("warmup_type", "decay_type"):
+            if value not in _RAMPS:
+                return f"{key}: found {show(value)}, expected one of {', '.join(_RAMPS)}"
+        elif not _counts(value) and (key, value) != ("timescale", None):
+            return f"{key}: found {show(value)}, expected a number of at least 0"
+    if scheduler == "cosine_with_min_lr" and ("min_lr" in given) == ("min_lr_rate" in given):
+        return f"found {show(given)}, expected either min_lr or min_lr_rate for cosine_with_min_lr"
+    if scheduler == "warmup_stable_decay" and "num_decay_steps" not in given:
+        return f"found {show(given)}, expected num_decay_steps for warmup_stable_decay"
+    if scheduler == "polynomial" and given.get("lr_end", 1e-7) >= rate:
+        return f"lr_end: {show(given.get('lr_end', 1e-7))} is not below learning_rate {show(rate)}"
+    return None
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
+
+def _best_at_end(
+    load: bool, evaluate: str, save: str, eval_steps: float | None, save_steps: float, logging_steps: float
+) -> str | None:
+    if not load:
+        return None
+    if evaluate != save or save == "no":
+        return f"needs eval_strategy and save_strategy to be the same and not no; found {evaluate} and {save}"
+    every = eval_steps or logging_steps
+    if save != "steps":
+        return None
+    ratio = save_steps / every
+    if (save_steps < 1) != (every < 1) or abs(ratio - round(ratio)) > 1e-6 or ratio < 1:
+        return f"needs save_steps to be a multiple of eval_steps; found {show(save_steps)} and {show(every)}"
+    return None
+
+
+def _no_repeats(values: list[str]) -> str | None:
+    twice = sorted({value for value in values if values.count(value) > 1})
+    return f"found {', '.join(twice)} more than once" if twice else None
+
+
+def _reporters(targets: str | list[str]) -> str | None:
+    return "found none beside others" if isinstance(targets, list) and "none" in targets else None
+
+
+def _mesh(data: int, fsdp: int, tensor: int) -> str | None:
+    free = [size for size in (data, fsdp, tensor) if size == -1]
+    return (
+        None
+        if len(free) <= 1
+        else "only one of mesh_data, mesh_fsdp and mesh_tensor can be -1 (all devices that are left)"
+    )
+
+
+def _processes(address: str | None, count: int | None, number: int | None) -> str | None:
+    given = [value is not None for value in (address, count, number)]
+    if not any(given):
+        return None
+    if not all(given):
+        return "coordinator_address, num_processes and process_id go together; set all three or none"
+    assert address is not None and count is not None and number is not None
+    if not address.rpartition(":")[2].isdecimal() or not address.rpartition(":")[0]:
+        return f"found {show(address)}, expected ADDRESS:PORT, such as 10.0.0.1:8476"
+    if number >= count:
+        return f"process_id {number} is not below num_processes {count}"
+    return None
+
+
+_RULES = (
+    Rule(("loss_type",), _some_loss),
+    Rule(("loss_weights", "loss_type"), _loss_weights),
+    Rule(("label_smoothing", "loss_type"), _smoothing),
+    Rule(("f_divergence_type", "loss_type"), _divergence),
+    Rule(("use_weighting", "loss_type"), _weighting),
+    Rule(("lr_scheduler_kwargs", "lr_scheduler_type", "learning_rate"), _scheduler_kwargs),
+    Rule(
+        ("load_best_model_at_end", "eval_strategy", "save_strategy", "eval_steps", "save_steps", "logging_steps"),
+        _best_at_end,
+    ),
+    Rule(("kl_actions",), _no_repeats),
+    Rule(("mesh_fsdp", "mesh_data", "mesh_tensor"), lambda fsdp, data, tensor: _mesh(data, fsdp, tensor)),
+    Rule(("coordinator_address", "num_processes", "process_id"), _processes),
+    Rule(("report_to",), _reporters),
+    Rule(("output_dir",), lambda path: None if path.strip() else "found an empty text, expected a directory"),
+)
+
+
+def problems_between(values: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong between options. `values` holds the options that are right by themselves."""
+    found = []
+    for rule in _RULES:
+        if all(name in values for name in rule.options):
+            text = rule.wrong(*(values[name] for name in rule.options))
+            if text is not None:
+                found.append(Problem(rule.options[0], text))
+    return found
+
+
+def warnings_of(values: Mapping[str, Any], *, adapter: bool, data_parallel: int) -> list[str]:
+    """Sentences on values that are outside the ranges known to work, or that have no effect beside the others."""
+    return [*_unusual(values, adapter, data_parallel), *_without_effect(values)]
+
+
+def _unusual(values: Mapping[str, Any], adapter: bool, data_parallel: int) -> list[str]:
+    found = []
+    rate, beta = values["learning_rate"], values["beta"]
+    if rate == 0:
+        found.append("learning_rate 0: nothing will be learned")
+    elif not adapter and not 1e-7 <= rate <= 5e-6:
+        found.append(f"learning_rate {rate:g} is outside 1e-7 to 5e-6, the range known to work for full training")
+    if not 0.05 <= beta <= 0.3:
+        found.append(f"beta {beta:g} is outside 0.05 to 0.3, the range known to work")
+    pairs = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * data_parallel
+    if pairs < 4:
+        found.append(f"{pairs} pair{'s' * (pairs > 1)} a step is few: 4 to 8 for experiments, 16 to 32 is the standard")
+    if values["max_steps"] == 0:
+        found.append("max_steps 0 is taken as -1: num_train_epochs decides")
+    if values["adam_epsilon"] == 0:
+        found.append("adam_epsilon 0 divides by 0 where a gradient is 0")
+    elif values["adam_epsilon"] > 1e-3:
+        found.append(f"adam_epsilon {values['adam_epsilon']:g} is large: AdamW turns into plain gradient descent")
+    if values["max_grad_norm"] == 0 or values["max_grad_norm"] > 100:
+        found.append(f"max_grad_norm {values['max_grad_norm']:g} does not clip")
+    if values["save_strategy"] == "no":
+        found.append(
+            "save_strategy no: a run that is interrupted starts over, and rollback can only go back to the start"
+        )
+    if values["ld_alpha"] is not None and values["ld_alpha"] > 1:
+        found.append(f"ld_alpha {values['ld_alpha']:g} weighs the longer answer's tail more than the shared length")
+    if values["target_kl"] > 1:
+        found.append(f"target_kl {values['target_kl']:g} nats per token is far from the reference: 0.1 is the standard")
+    return found
+
+
+def _without_effect(values: Mapping[str, Any]) -> list[str]:
+    found = []
+    losses = values["loss_type"]
+    if values["label_smoothing"] > 0 and not _WITH_SMOOTHING & set(losses):
+        found.append(
+            f"label_smoothing {values['label_smoothing']:g} has no effect with loss_type {', '.join(losses)}, as in TRL 1.16; "
+            "robust reads it"
+        )
+    if values["eval_strategy"] == "no":
+        acting = [name for name in ("kl_actions", "adaptive_beta") if values[name]]
+        if acting:
+            found.append(
+                f"{' and '.join(acting)} can do nothing: the KL is judged at evaluations, and eval_strategy is no"
+            )
+    if values["max_length"] and values["max_prompt_length"] and values["max_prompt_length"] >= values["max_length"]:
+        found.append(
+            f"max_prompt_length {values['max_prompt_length']} is not below max_length {values['max_length']}: "
+            "a prompt that fills it leaves no room for an answer"
+        )
+    return found

@@ -1,0 +1,124 @@
+"""The order of examples: TRL's, from the seed alone, without torch.
+
+TRL's sampler takes `torch.randperm(n)` of a CPU generator seeded with seed + epoch. That generator is a Mersenne twister
+(MT19937, seeded as `numpy.random.RandomState` is), and randperm is a shuffle from the front: for i = 0 .. n-2 it draws
+32 bits z and swaps places i and i + (z mod (n - i)).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+# From here on torch draws 64 bits a place, in another order; no data set of pairs is near it.
+_MOST_ROWS = 2**32 // 20
+STRATEGIES = ("random", "sequential")
+
+
+class Position(NamedTuple):
+    """A place in the data: the epoch (from 0) and the pairs of it that are used up."""
+
+    epoch: int
+    consumed: int
+
+
+START = Position(0, 0)
+
+
+@lru_cache(maxsize=4)
+def epoch_order(n: int, seed: int, epoch: int, strategy: str = "random") -> np.ndarray:
+    """int64 [n], read-only: the rows of epoch `epoch` (from 0) in the order in which they are used.
+
+    strategy: `random` as TRL's default, or `sequential`, the data set's own order in every epoch.
+    Raises `ValueError`: another strategy; n of 2^32/20 (214 million) or more, where torch shuffles by other draws.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"train_sampling_strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+    if n >= _MOST_ROWS:
+        raise ValueError(f"{n} rows cannot be shuffled as torch does: it draws 64 bits from {_MOST_ROWS} rows on")
+    order = list(range(n))
+    if strategy == "random" and n > 1:
+        # torch keeps the low 32 bits of a seed.
+        generator = np.random.RandomState((seed + epoch) % 2**32)
+        draws = generator.randint(0, 2**32, size=n - 1, dtype=np.uint32).astype(np.int64)
+        places = (np.arange(n - 1) + draws % np.arange(n, 1, -1)).tolist()
+        for i, j in enumerate(places):
+            order[i], order[j] = order[j], order[i]
+    result = np.asarray(order, np.int64)
+    result.flags.writeable = False
+    return result
+
+
+def steps_per_epoch(n: int, pairs_per_micro_batch: int, accumulation: int, consumed: int = 0) -> int:
+    """Optimizer steps that the n - consumed pairs left in an epoch make: ceil(ceil(pairs / micro-batch) / accumulation).
+
+    accumulation: micro-batches of one step over all devices.
+    """
+    micro_batches = -(-(n - consumed) // pairs_per_micro_batch)
+    return -(-micro_batches // accumulation)
+
+
+def position_after(
+    steps: int, n: int, micro_batch: int, micro_batches_per_step: int, start: Position = START
+) -> Position:
+    """Where the data stands after `steps` optimizer steps from `start`. An epoch that is used up is the next one's start.
+
+    The batch sizes may differ from those that led to `start`: steps count from there with the new ones.
+    """
+    start = _wrapped(start, n)
+    left = steps_per_epoch(n, micro_batch, micro_batches_per_step, start.consumed)
+    pairs = micro_batch * micro_batches_per_step
+    if steps < left:
+        return Position(start.epoch, start.consumed + steps * pairs)
+    whole = steps_per_epoch(n, micro_batch, micro_batches_per_step)
+    epochs, rest = divmod(steps - left, whole)
+    return Position(start.epoch + 1 + epochs, rest * pairs)
+
+
+def pairs_at(
+    position: Position, n: int, *, seed: int, strategy: str, micro_batch: int, micro_batches_per_step: int
+) -> list[np.ndarray]:
+    """The micro-batches of the optimizer step that begins at `position`: int64 arrays of rows.
+
+    Each has `micro_batch` rows; the epoch's last may be shorter, and a step at an epoch's end has fewer micro-batches,
+    since accumulation never crosses it.
+    """
+    position = _wrapped(position, n)
+    end = min(position.consumed + micro_batch * micro_batches_per_step, n)
+    rows = epoch_order(n, seed, position.epoch, strategy)[position.consumed : end]
+    return [rows[k : k + micro_batch] for k in range(0, len(rows), micro_batch)]
+
+
+def step_pairs(
+    n: int,
+    *,
+    seed: int,
+    strategy: str,
+    micro_batch: int,
+    micro_batches_per_step: int,
+    step: int,
+    start: Position = START,
+) -> list[np.ndarray]:
+    """The micro-batches of optimizer step `step` (from 0, counted from `start`); see `pairs_at`.
+
+    A function of its arguments alone, so that every host, and a resumed run, finds the same rows.
+    """
+    position = position_after(step, n, micro_batch, micro_batches_per_step, start)
+    return pairs_at(
+        position,
+        n,
+        seed=seed,
+        strategy=strategy,
+        micro_batch=micro_batch,
+        micro_batches_per_step=micro_batches_per_step,
+    )
+
+
+def _wrapped(position: Position, n: int) -> Position:
+    if n < 1:
+        raise ValueError("there are no pairs to take a step from")
+    if not 0 <= position.consumed <= n:
+        raise ValueError(f"{position.consumed} pairs of an epoch of {n} cannot be used up")
+    return Position(position.epoch + 1, 0) if position.consumed == n else position

@@ -1,0 +1,224 @@
+"""From a source of pairs to what a run trains on: load, check, tokenize (or find in the cache), select."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jax_dpo.data.cache import default_cache_dir, entry_key, entry_path, read_entry, write_entry
+from jax_dpo.data.check import DROP_REASONS, TOO_LONG, Drop, check_drop_rows, name_rows, select_rows
+from jax_dpo.data.load import Rows, load_rows
+from jax_dpo.data.tokenize import tokenize_rows, tokenizer_fingerprint
+from jax_dpo.data.tokens import MOVED, Facts, TokenizedPairs, TokenTable
+from jax_dpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How rows are chosen and cut; the names and defaults are `DPOConfig`'s.
+
+    cache_dir: where tokenized data is kept; None is the default place (`cache.default_cache_dir`).
+    use_cache: False tokenizes anew and keeps nothing.
+    Raises `UserError` for a value that cannot be.
+    """
+
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
+    max_prompt_length: int | None = None
+    drop_rows: tuple[str, ...] = ("invalid",)
+    min_gap: float = 0.15
+    cache_dir: str | Path | None = None
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        check_drop_rows(self.drop_rows)
+        if self.truncation_mode not in ("keep_start", "keep_end"):
+            raise UserError(
+                "truncation-mode", f"truncation_mode is {self.truncation_mode!r}, expected keep_start or keep_end."
+            )
+        for name in ("max_length", "max_prompt_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError("max-length", f"{name} is {value}, expected at least 1, or none for no limit.")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A data set ready to train on.
+
+    pairs: the rows that are used, tokenized and cut. drops: the rows left out. flagged: rows that have one of the reasons of
+    `DROP_REASONS` and are used all the same, by number. warnings: sentences for the user. from_cache: nothing was tokenized.
+    """
+
+    name: str
+    options: DataOptions
+    pairs: TokenizedPairs
+    drops: list[Drop]
+    flagged: dict[str, list[int]]
+    warnings: list[str]
+    from_cache: bool
+
+    @property
+    def facts(self) -> Facts:
+        """What the tokenizer's pass found out."""
+        return self.pairs.table.facts
+
+    @property
+    def rows_read(self) -> int:
+        """Rows of the source."""
+        return self.facts.rows_read
+
+    @cached_property
+    def dropped(self) -> dict[str, int]:
+        """How many rows were left out for each reason."""
+        return dict(Counter(drop.reason for drop in self.drops))
+
+    @cached_property
+    def cut(self) -> int:
+        """Pairs of which `max_length` cut one sequence or both."""
+        return int(self.pairs.cut.sum())
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """The data set in numbers, as the run's record has it: name, rows, kept, dropped {reason: count}, cut."""
+        return {
+            "name": self.name,
+            "rows": self.rows_read,
+            "kept": len(self.pairs),
+            "dropped": self.dropped,
+            "cut": self.cut,
+        }
+
+    def require_pairs(self) -> None:
+        """Raises `UserError` where no pair is left, with a line for each reason."""
+        if len(self.pairs):
+            return
+        lines = [f"{self.name}: {self.rows_read} rows read, 0 kept, so there is nothing to train on."]
+        for reason, count in self.dropped.items():
+            some = [drop for drop in self.drops if drop.reason == reason]
+            lines.append(
+                f"  {reason}: {count} ({name_rows([d.row for d in some])}; row {some[0].row}: {some[0].detail})"
+            )
+        raise UserError("data-nothing-left", "\n".join(lines))
+
+
+def prepare(
+    source: Any,
+    tokenizer_loader: Callable[[], Any],
+    *,
+    tokenizer_key: str | None = None,
+    options: DataOptions = DataOptions(),
+    split: str | None = None,
+    config: str | None = None,
+    name: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PreparedData:
+    """Load, check and tokenize a data set, or find it in the cache, and choose its rows.
+
+    source: `Rows`, or what `load_rows` takes, with `split`, `config` and `name`.
+    tokenizer_loader: gives the transformers tokenizer; called only where something must be tokenized.
+    tokenizer_key: `tokenizer_fingerprint` of what the loader loads; None loads the tokenizer and asks it.
+    progress: called with (rows done, rows in all) while tokenizing.
+
+    A data set of which no row is left is returned as it is: `require_pairs` says so with the reasons.
+    Raises `UserError` for everything in the data or the options that cannot be used, with file and row.
+    """
+    rows = load_rows(source, split=split, config=config, name=name)
+    table, warnings, from_cache = _table(rows, tokenizer_loader, tokenizer_key, options, progress)
+    o = options
+    kept, drops, flagged = select_rows(
+        table,
+        rows.files,
+        drop_rows=o.drop_rows,
+        min_gap=o.min_gap,
+        max_length=o.max_length,
+        truncation_mode=o.truncation_mode,
+        max_prompt_length=o.max_prompt_length,
+    )
+    pairs = TokenizedPairs(
+        table,
+        kept,
+        max_length=o.max_length,
+        truncation_mode=o.truncation_mode,
+        max_prompt_length=o.max_prompt_length,
+    )
+    warnings += _warnings(pairs, drops, flagged, options, rows.name)
+    return PreparedData(rows.name, options, pairs, drops, flagged, warnings, from_cache)
+
+
+def _table(
+    rows: Rows,
+    tokenizer_loader: Callable[[], Any],
+    tokenizer_key: str | None,
+    options: DataOptions,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[TokenTable, list[str], bool]:
+    """The tokenized rows, what there is to say of the cache, and whether they came from it."""
+    if not options.use_cache:
+        return tokenize_rows(rows, tokenizer_loader(), progress=progress), [], False
+    tokenizer = None
+    if tokenizer_key is None:
+        tokenizer = tokenizer_loader()
+        tokenizer_key = tokenizer_fingerprint(tokenizer)
+    directory = Path(options.cache_dir).expanduser() if options.cache_dir is not None else default_cache_dir()
+    path = entry_path(directory, entry_key(rows.fingerprint, tokenizer_key))
+    table = read_entry(path)
+    if table is not None:
+        return table, [], True
+    warnings = [f"The cached tokens of {rows.name} were damaged ({path}); they are made anew."] if path.exists() else []
+    table = tokenize_rows(rows, tokenizer if tokenizer is not None else tokenizer_loader(), progress=progress)
+    problem = write_entry(path, table)
+    if problem is not None:
+        warnings.append(
+            f"The tokens of {rows.name} are not kept for the next run, which will tokenize again ({problem})."
+        )
+        return table, warnings, False
+    # The file in place of the arrays: what is not looked at need not stay in memory.
+    return read_entry(path) or table, warnings, False
+
+
+def _warnings(
+    pairs: TokenizedPairs, drops: list[Drop], flagged: dict[str, list[int]], options: DataOptions, name: str
+) -> list[str]:
+    """What the user should know of the data before a run."""
+    table, found = pairs.table, []
+    invalid = [drop for drop in drops if drop.reason == "invalid"]
+    if invalid:
+        found.append(
+            f"{name}: {_count(len(invalid))} left out as invalid: {name_rows([d.row for d in invalid])}. "
+            f"Row {invalid[0].row}: {invalid[0].detail}."
+        )
+    for reason, numbers in flagged.items():
+        found.append(
+            f"{name}: {_count(len(numbers))} with {DROP_REASONS[reason]}, used all the same: {name_rows(numbers)}. "
+            f"Put `{reason}` into drop_rows to leave them out."
+        )
+    long = sum(drop.reason == TOO_LONG for drop in drops)
+    if long:
+        found.append(
+            f"{name}: {_count(long)} left out because the prompt alone fills max_length {options.max_length}. "
+            "Raise max_length, or set max_prompt_length to cut prompts from the left."
+        )
+    if options.max_prompt_length is not None and pairs.prompt_cut.any():
+        found.append(
+            f"{name}: the prompts of {_count(int(pairs.prompt_cut.sum()))} are cut on the left to max_prompt_length "
+            f"{options.max_prompt_length}."
+        )
+    moved = int(((table.flags[pairs.kept] & MOVED) > 0).sum())
+    if moved:
+        found.append(
+            f"{name}: in {_count(moved)} the tokenized prompt is not what prompt and answer begin with together, because "
+            "tokens merge over its end or the chat template ends a prompt differently; the answers begin where they part. "
+            f"First end of a prompt that is not part of it: {table.facts.moved_end!r}."
+        )
+    if table.facts.unread_columns:
+        found.append(f"{name}: columns that are not read: {', '.join(table.facts.unread_columns)}.")
+    return found
+
+
+def _count(n: int) -> str:
+    return f"{n} row" if n == 1 else f"{n} rows"

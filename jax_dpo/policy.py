@@ -1,0 +1,168 @@
+"""A model in hand: opened, run on ordinary sequences, given an adapter, written again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_dpo.arrays import Tree, unflatten
+from jax_dpo.errors import UserError
+from jax_dpo.models.config import ModelConfig
+from jax_dpo.models.lora import LoraConfig
+from jax_dpo.weights.export import write_model
+from jax_dpo.weights.leaves import InMemory, Leaf
+from jax_dpo.weights.objects import is_model_object, open_object
+from jax_dpo.weights.peft import Adapter, read_adapter, write_adapter
+from jax_dpo.weights.peft import merge as merge_adapter
+from jax_dpo.weights.source import ModelFiles, open_model, resolve_model
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model, with or without a LoRA adapter on it.
+
+    `leaves` are all parameters by tree path, the adapter's among them, read only when asked for. `dtype` is what it computes in.
+    """
+
+    files: ModelFiles
+    leaves: dict[str, Leaf]
+    config: ModelConfig
+    dtype: str = "float32"
+    lora_config: LoraConfig | None = None
+
+    @cached_property
+    def params(self) -> Tree:
+        """The parameter tree on the default device, in the compute dtype."""
+        import jax.numpy as jnp
+
+        from jax_dpo.models.decoder import cast_for_compute
+
+        return cast_for_compute(
+            unflatten({p: jnp.asarray(x.read()) for p, x in self.leaves.items()}), jnp.dtype(self.dtype)
+        )
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None) -> Any:
+        """Logits [B, T, V] float32 of token ids [B, T]; `attention_mask` [B, T] is 1 on real tokens, padding left or right."""
+        import jax.numpy as jnp
+
+        ids = jnp.asarray(np.asarray(input_ids), jnp.int32)
+        mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(np.asarray(attention_mask), jnp.int32)
+        return _jitted_logits()(self.config, self.params, ids, mask)
+
+    @property
+    def name(self) -> str:
+        """What the model is called: the end of its path."""
+        return self.files.path.name or str(self.files.path)
+
+    def with_adapter(self, adapter: Adapter) -> Policy:
+        """The same model with an adapter on it.
+
+        Raises:
+          UserError: it has one already.
+        """
+        if self.config.lora is not None:
+            raise UserError(
+                "adapter-twice",
+                f"{self.files.path} has an adapter already, and peft_config asks for a second one. "
+                "Give the model without its adapter, or leave peft_config out to train the one that is there.",
+            )
+        leaves = {**self.leaves, **{path: InMemory(x) for path, x in adapter.arrays.items()}}
+        return replace(self, leaves=leaves, config=replace(self.config, lora=adapter.spec), lora_config=adapter.config)
+
+    def base(self) -> Policy:
+        """The model without its adapter."""
+        leaves = {p: x for p, x in self.leaves.items() if not p.endswith((".lora_a", ".lora_b"))}
+        return replace(self, leaves=leaves, config=replace(self.config, lora=None), lora_config=None)
+
+
+@cache
+def _jitted_logits() -> Any:
+    import jax
+
+    from jax_dpo.models import decoder
+
+    return jax.jit(decoder.logits, static_argnums=0)
+
+
+def load_model(
+    model: Any, adapter: str | Path | None = None, dtype: str = "float32", *, revision: str | None = None
+) -> Policy:
+    """A model from a Hugging Face directory (sharded or not), a GGUF file, a Hub name, or a transformers model object.
+
+    Args:
+      adapter: a PEFT directory: the policy is the model with that adapter on.
+      dtype: what it computes in, "float32" or "bfloat16".
+
+    Raises:
+      UserError: anything about the files that cannot be used, by name, before a weight is read.
+    """
+    if dtype not in COMPUTE_DTYPES:
+        raise UserError("dtype-unknown", f"dtype is {dtype!r}; a model computes in {' or '.join(COMPUTE_DTYPES)}.")
+    if isinstance(model, Policy):
+        policy = replace(model, dtype=dtype)
+    else:
+        files = open_object(model) if is_model_object(model) else open_model(resolve_model(model, revision))
+        policy = Policy(files, dict(files.leaves), files.config, dtype)
+    return policy if adapter is None else policy.with_adapter(read_adapter(adapter, policy.config))
+
+
+def save_model(
+    model: Policy,
+    out: str | Path,
+    dtype: str = "auto",
+    *,
+    merge: bool = False,
+    arrays: Mapping[str, Any] | None = None,
+    tokenizer_files: Mapping[str, bytes] | None = None,
+    replace: bool = False,
+) -> Path:
+    """Writes a directory that transformers and vLLM load: full weights, or a PEFT adapter for a model with an adapter on it.
+
+    Args:
+      dtype: "float32", "bfloat16", "float16", or "auto" for that of the weights that came in.
+      merge: writes full weights with the adapter added.
+      arrays: trained values by tree path, in place of the model's own.
+      tokenizer_files: in place of those that came with the model.
+      replace: the directory is exchanged as a whole, so that nothing of an earlier save stays.
+
+    Raises:
+      UserError: no space, no permission, a file in the way.
+    """
+    leaves = {**model.leaves, **(arrays or {})}
+    files = model.files.tokenizer_files() if tokenizer_files is None else tokenizer_files
+    spec = model.config.lora
+    if spec is not None and not merge:
+        base = str(model.files.path)
+        only = {
+            p: x.read() if hasattr(x, "read") else x for p, x in leaves.items() if p.endswith((".lora_a", ".lora_b"))
+        }
+        return write_adapter(
+            out,
+            model=model.config,
+            arrays=only,
+            base=base,
+            config=model.lora_config,
+            tokenizer_files=files,
+            replace=replace,
+        )
+    if spec is not None:
+        adapter = {
+            p: x.read() if hasattr(x, "read") else x for p, x in leaves.items() if p.endswith((".lora_a", ".lora_b"))
+        }
+        leaves = merge_adapter(leaves, adapter, spec)
+    return write_model(
+        out,
+        hf_config=model.files.hf_config,
+        arrays=leaves,
+        dtype=model.files.dtype if dtype == "auto" else dtype,
+        tokenizer_files=files,
+        generation_config=model.files.generation_config,
+        replace=replace,
+    )

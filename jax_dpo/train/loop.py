@@ -1,0 +1,387 @@
+"""The loop: one page that says in which order things happen.
+
+The order is part of what is right: metrics lag a step and are drained before anything looks at them; evaluation comes before control,
+control before the checkpoint, the checkpoint before the next batch is taken.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_dpo.data.batch import Batch
+from jax_dpo.data.loader import StepBatch, prefetch
+from jax_dpo.data.order import START, Position
+from jax_dpo.errors import Stopped, UserError
+from jax_dpo.loss.family import LossOptions
+from jax_dpo.report.terminal import Display
+from jax_dpo.report.writers import Writers
+from jax_dpo.train.checkpoint import Checkpoints
+from jax_dpo.train.control import ControlState, react
+from jax_dpo.train.evaluate import EvalSet, Evaluator, evaluate
+from jax_dpo.train.gates import Ranking
+from jax_dpo.train.metrics import Window
+from jax_dpo.train.optimizer import Schedule
+from jax_dpo.train.plan import Plan
+from jax_dpo.train.signals import StopRequest
+from jax_dpo.train.state import Frozen, Knobs, TrainState
+
+Step = Callable[..., tuple[TrainState, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class KLControl:
+    """How the KL is held; see `control.react`."""
+
+    target_kl: float
+    actions: tuple[str, ...]
+    adaptive_beta: bool
+    adaptive_beta_rate: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a run is made of and that does not change while it runs."""
+
+    plan: Plan
+    step: Step
+    evaluator: Evaluator
+    frozen: Frozen
+    fresh_state: Callable[[], TrainState]
+    batch_at: Callable[[Position], StepBatch]
+    to_devices: Callable[[StepBatch], Batch]
+    eval_sets: tuple[EvalSet, ...]
+    schedule: Schedule
+    learning_rate: float
+    key: jax.Array
+    options: LossOptions
+    control: KLControl
+    ranking: Ranking
+    checkpoints: Checkpoints
+    writers: Writers
+    display: Display
+    trainer_state: Callable[[Progress], dict[str, Any]]
+    check_start: Callable[[dict[str, float]], None] | None
+    notify: Callable[[str, dict[str, Any]], None]
+    report: Callable[[], None]
+    flops: Callable[[StepBatch], float]
+    peak_flops: float | None
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the state's arrays, all that a checkpoint must hold."""
+
+    control: ControlState
+    step: int = 0
+    position: Position = START
+    num_tokens: int = 0
+    window: Window = field(default_factory=Window)
+    scores: dict[int, float] = field(default_factory=dict)
+    """score of every evaluation so far, by step"""
+    good: list[int] = field(default_factory=list)
+    """steps whose evaluation held the KL bound"""
+    saved: list[int] = field(default_factory=list)
+    moved: bool = False
+    """whether any step had a learning rate above 0"""
+
+    def meta(self) -> dict[str, Any]:
+        """Plain data for JSON; floats survive it to the bit."""
+        return {
+            "step": self.step,
+            "position": list(self.position),
+            "num_tokens": self.num_tokens,
+            "control": self.control.to_dict(),
+            "window": [self.window.steps, self.window.total],
+            "scores": {str(k): v for k, v in self.scores.items() if math.isfinite(v)},
+            "evaluated": sorted(self.scores),
+            "good": self.good,
+            "saved": self.saved,
+            "moved": self.moved,
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Progress:
+        window = Window()
+        window.steps, window.total = meta["window"][0], dict(meta["window"][1])
+        scores = {step: float(meta["scores"].get(str(step), -math.inf)) for step in meta["evaluated"]}
+        return cls(
+            control=ControlState.from_dict(meta["control"]),
+            step=meta["step"],
+            position=Position(*meta["position"]),
+            num_tokens=meta["num_tokens"],
+            window=window,
+            scores=scores,
+            good=list(meta["good"]),
+            saved=list(meta["saved"]),
+            moved=meta["moved"],
+        )
+
+    def best_saved(self, ranking: Ranking) -> int | None:
+        """The step of the best checkpoint that there is."""
+        return ranking.best({step: self.scores[step] for step in self.saved if step in self.scores})
+
+
+@dataclass
+class _Pending:
+    """A step that was started and whose results have not been read."""
+
+    step: int
+    batch: StepBatch
+    results: dict[str, Any]
+    rate: float
+    began: float
+
+
+class Loop:
+    """Carries a run from where `progress` stands to its end. `run` returns the final state; the reports are in the log."""
+
+    def __init__(self, parts: Parts, state: TrainState, progress: Progress) -> None:
+        self.parts, self.state, self.progress = parts, state, progress
+        self.pending: _Pending | None = None
+        self.seconds = 0.0  # of steps since the last log, without evaluations and saves
+        self.counted = {"pairs": 0, "tokens": 0, "trl_tokens": 0, "flops": 0.0, "fill": 0.0, "steps": 0}
+        self.compiled: Any = None
+
+    def run(self, stop: StopRequest) -> TrainState:
+        """Trains to the planned end.
+
+        Raises:
+          Stopped: a signal asked for it; everything is saved.
+          UserError: numbers that are not finite, no space left, ...
+        """
+        plan, progress = self.parts.plan, self.progress
+        if progress.step == 0 and plan.eval_on_start and self.parts.eval_sets:
+            self._evaluate()
+        while progress.step < plan.total:
+            batches = prefetch(self._batches())
+            for batch, arrays in batches:
+                self._take_step(batch, arrays)
+                step = progress.step
+                stopping = stop.asked()
+                due = plan.logs_at(step) or plan.evaluates_at(step) or plan.saves_at(step) or stopping
+                if due:
+                    self._drain()
+                if plan.logs_at(step):
+                    self._log()
+                rolled_back = plan.evaluates_at(step) and self._evaluate()
+                if rolled_back:
+                    break
+                if plan.saves_at(step) or (stopping and step < plan.total):
+                    self._save()
+                if stopping and step < plan.total:
+                    self._stop(stop)
+            batches.close()
+        self.parts.checkpoints.wait()
+        return self.state
+
+    def _batches(self) -> Iterator[tuple[StepBatch, Batch]]:
+        """Batches from where the data stands, already on their way to the devices."""
+        plan = self.parts.plan
+        start, first = self.progress.position, self.progress.step
+        for k in range(plan.total - first):
+            batch = self.parts.batch_at(plan.after(k, start))
+            yield batch, self.parts.to_devices(batch)
+
+    def _knobs(self, rate: float) -> Knobs:
+        controls = self.progress.control.controls
+        return Knobs(jnp.float32(rate), jnp.float32(controls.beta), jnp.float32(controls.kl_coef))
+
+    def _judging_knobs(self) -> Knobs:
+        """Evaluations are made at the configured beta, so that they can be compared: raising beta must not raise a score."""
+        control = self.progress.control
+        return Knobs(jnp.float32(0), jnp.float32(control.beta), jnp.float32(control.controls.kl_coef))
+
+    def _take_step(self, batch: StepBatch, arrays: Batch) -> None:
+        """Starts the next step, then reads the results of the one before it."""
+        parts, progress = self.parts, self.progress
+        scale = progress.control.controls.learning_rate_scale
+        rate = parts.learning_rate * parts.schedule(progress.step) * scale
+        key = jax.random.fold_in(parts.key, progress.step)
+        args = (self.state, parts.frozen, arrays, jnp.int32(batch.micro_batches), self._knobs(rate), key)
+        if self.compiled is None:
+            self.compiled = self._compile(args)
+        began = time.perf_counter()
+        self.state, results = self.compiled(*args)
+        progress.step += 1
+        progress.position = parts.plan.after(1, progress.position)
+        progress.num_tokens += batch.trl_tokens
+        progress.moved = progress.moved or rate > 0
+        before, self.pending = self.pending, _Pending(progress.step, batch, results, rate, began)
+        if before is not None:
+            self._read(before)
+
+    def _compile(self, args: tuple) -> Any:
+        display = self.parts.display
+        display.compiling("the training step", {"cpu": 6.0, "gpu": 40.0, "tpu": 60.0}.get(jax.default_backend()))
+        began = time.perf_counter()
+        compiled = self.parts.step.lower(*args).compile()  # type: ignore[attr-defined]
+        display.compiled(time.perf_counter() - began)
+        return compiled
+
+    def _read(self, done: _Pending) -> None:
+        """Waits for a step's results and adds them to the window."""
+        sums = jax.device_get(done.results["sums"])
+        self.seconds += time.perf_counter() - done.began
+        if not bool(done.results["finite"]):
+            self._not_finite(done)
+        self.progress.window.add(sums)
+        self.norm, self.rate = float(done.results["grad_norm"]), done.rate
+        batch, c = done.batch, self.counted
+        c["pairs"] += len(batch.pairs)
+        c["tokens"] += batch.tokens
+        c["trl_tokens"] += batch.trl_tokens
+        c["flops"] += self.parts.flops(batch)
+        c["fill"] += batch.fill
+        c["steps"] += 1
+        one = Window()
+        one.add(sums)
+        metrics = one.metrics()
+        if done.step == 1 and self.parts.check_start is not None:
+            self.parts.check_start(metrics)
+        speed = {"pairs_per_second": c["pairs"] / self.seconds}
+        self.parts.display.progress(done.step, self.parts.plan.total, {**metrics, **speed})
+
+    def _drain(self) -> None:
+        before, self.pending = self.pending, None
+        if before is not None:
+            self._read(before)
+
+    def _not_finite(self, done: _Pending) -> None:
+        rows = ", ".join(str(int(i) + 1) for i in done.batch.pairs[:16])
+        raise UserError(
+            "not-finite",
+            f"The loss or the gradient of step {done.step} is not finite; its pairs are {rows} of the prepared data. The weights are "
+            "those before this step, and the checkpoints of before are there. Lower learning_rate, use more warmup_steps or a smaller "
+            "max_grad_norm; if it is step 1, look at these rows and at the model's weights.",
+        )
+
+    def _log(self) -> None:
+        """One train record: means since the last one."""
+        parts, progress, c = self.parts, self.progress, self.counted
+        controls = progress.control.controls
+        seconds = max(self.seconds, 1e-9)
+        record = {
+            **progress.window.metrics(),
+            "grad_norm": self.norm,
+            "learning_rate": self.rate,
+            "beta": controls.beta,
+            "kl_coef": controls.kl_coef,
+            "num_tokens": progress.num_tokens,
+            "tokens_per_second": c["trl_tokens"] / seconds,
+            "pairs_per_second": c["pairs"] / seconds,
+            "row_fill": c["fill"] / max(c["steps"], 1),
+            "step_time": seconds / max(c["steps"], 1),
+        }
+        if parts.peak_flops:
+            record["mfu"] = c["flops"] / seconds / parts.peak_flops
+        self._write("train", record)
+        parts.notify("on_log", record)
+        progress.window = Window()
+        self.seconds, self.counted = 0.0, dict.fromkeys(c, 0)
+
+    def _write(self, kind: str, fields: Mapping[str, Any]) -> None:
+        progress = self.progress
+        epoch = {"epoch": self.parts.plan.epoch(progress.position)} if kind in ("train", "eval") else {}
+        record = self.parts.writers.write({"kind": kind, "step": progress.step, **fields, **epoch})
+        self.parts.display.write(record)
+
+    def evaluate_sets(self) -> dict[str, float]:
+        """All held-out sets as they stand now; one record each."""
+        parts = self.parts
+        found: dict[str, float] = {}
+        beta = self.progress.control.beta
+        for held_out in parts.eval_sets:
+            parts.display.busy("evaluating" + (f" {held_out.name}" if held_out.name else ""))
+            knobs = self._judging_knobs()
+            metrics = evaluate(parts.evaluator, held_out, self.state.params, parts.frozen, knobs, parts.options)
+            name = {} if held_out.name is None else {"set": held_out.name}
+            self._write("eval", {**metrics, "beta": beta, **name})
+            parts.notify("on_evaluate", metrics)
+            found |= metrics
+        return found
+
+    def _evaluate(self) -> bool:
+        """Evaluates, scores, lets the control act; True if it rolled the run back."""
+        parts, progress = self.parts, self.progress
+        found = self.evaluate_sets()
+        if progress.step == 0 and parts.check_start is not None:
+            prefix = "eval_" if parts.eval_sets[0].name is None else f"eval_{parts.eval_sets[0].name}_"
+            parts.check_start({k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)})
+        progress.scores[progress.step] = parts.ranking.score({**found, "beta": progress.control.beta})
+        which = parts.ranking.set or parts.eval_sets[0].name
+        kl = found[f"eval_{which}_kl_divergence" if which else "eval_kl_divergence"]
+        if kl <= parts.control.target_kl:
+            progress.good.append(progress.step)
+        rolled_back = self._control(kl)
+        parts.report()
+        return rolled_back
+
+    def _control(self, kl: float) -> bool:
+        progress, c = self.progress, self.parts.control
+        good_step = max((s for s in progress.saved if s in progress.good), default=0)
+        progress.control, actions = react(
+            progress.control,
+            kl=kl,
+            target_kl=c.target_kl,
+            kl_actions=c.actions,
+            adaptive_beta=c.adaptive_beta,
+            adaptive_beta_rate=c.adaptive_beta_rate,
+            step=progress.step,
+            good_step=good_step,
+        )
+        for action in actions:
+            self._write("kl_action", action.record())
+        if any(action.kind == "rollback" for action in actions):
+            self._roll_back(good_step)
+            return True
+        return False
+
+    def _roll_back(self, to: int) -> None:
+        """Back to a checkpoint, or to the start, with the controls as they are now. What came after it is given up first."""
+        parts, control = self.parts, self.progress.control
+        parts.checkpoints.wait()
+        parts.checkpoints.delete_after(to)
+        parts.writers.log.truncate_after(to)
+        if to == 0:
+            self.state = parts.fresh_state()
+            scores = {0: self.progress.scores[0]} if 0 in self.progress.scores else {}
+            self.progress = Progress(control, scores=scores, good=[s for s in self.progress.good if s == 0])
+        else:
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+            self.state, meta = parts.checkpoints.restore(to, abstract)
+            self.progress = Progress.from_meta(meta)
+            self.progress.control = control
+            # Saved again: a run that is killed now must go on with the changed values.
+            parts.checkpoints.save(to, self.state, self.progress.meta(), parts.trainer_state(self.progress))
+        self.seconds, self.counted = 0.0, dict.fromkeys(self.counted, 0)
+
+    def _save(self) -> None:
+        parts, progress = self.parts, self.progress
+        step = progress.step
+        if step in progress.saved:
+            return
+        progress.saved.append(step)
+        best = progress.best_saved(parts.ranking)
+        good = [s for s in progress.saved if s in progress.good]
+        protect = {s for s in (best, max(good, default=None)) if s is not None}
+        parts.display.busy("saving")
+        parts.checkpoints.save(step, self.state, progress.meta(), parts.trainer_state(progress), protect=protect)
+        score = progress.scores.get(step)
+        finite = score if score is not None and math.isfinite(score) else None
+        self._write("checkpoint", {"path": f"checkpoint-{step}", "score": finite, "best": step == best})
+        parts.notify("on_save", {})
+
+    def _stop(self, stop: StopRequest) -> None:
+        self.parts.checkpoints.wait()
+        step = self.progress.step
+        self._write("end", {"reason": "signal", "seconds": None})
+        raise Stopped(
+            f"stopped by {stop.name} after step {step}; saved as checkpoint-{step}. Run the same command again to go on."
+        )

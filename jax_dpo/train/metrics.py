@@ -1,0 +1,135 @@
+"""TRL's metrics as sums: added up over micro-batches and devices, divided once at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_dpo.loss.scores import CHOSEN, REJECTED, PairSums
+
+
+class Sums(NamedTuple):
+    """Scalars of a micro-batch or a step. Those of pairs are weighted by the pair's share of the step, the rest count tokens."""
+
+    loss: jax.Array
+    reward_chosen: jax.Array
+    reward_rejected: jax.Array
+    accuracy: jax.Array
+    logp_chosen: jax.Array
+    logp_rejected: jax.Array
+    kl_chosen: jax.Array
+    kl_rejected: jax.Array
+    tokens_chosen: jax.Array
+    tokens_rejected: jax.Array
+    entropy: jax.Array
+    logit_chosen: jax.Array
+    logit_rejected: jax.Array
+    top1_chosen: jax.Array
+
+
+def step_sums(loss: jax.Array, sums: PairSums, weight: jax.Array, beta: jax.Array) -> Sums:
+    """The sums of one micro-batch; `weight` [R, S] is 0 in empty slots."""
+    still = jax.tree.map(jax.lax.stop_gradient, sums)
+    reward = beta * still.logratio
+    share = lambda x: jnp.sum(weight * x)  # noqa: E731
+    side = lambda x, b: jnp.sum(x[..., b])  # noqa: E731
+    return Sums(
+        loss=jax.lax.stop_gradient(loss),
+        reward_chosen=share(reward[..., CHOSEN]),
+        reward_rejected=share(reward[..., REJECTED]),
+        accuracy=share((reward[..., CHOSEN] > reward[..., REJECTED]).astype(jnp.float32)),
+        logp_chosen=share(still.logp[..., CHOSEN]),
+        logp_rejected=share(still.logp[..., REJECTED]),
+        kl_chosen=side(still.kl, CHOSEN),
+        kl_rejected=side(still.kl, REJECTED),
+        tokens_chosen=side(still.tokens, CHOSEN),
+        tokens_rejected=side(still.tokens, REJECTED),
+        entropy=jnp.sum(still.entropy),
+        logit_chosen=side(still.mean_logit, CHOSEN),
+        logit_rejected=side(still.mean_logit, REJECTED),
+        top1_chosen=side(still.top1, CHOSEN),
+    )
+
+
+def named(sums: Mapping[str, float]) -> dict[str, float]:
+    """TRL's names: pair metrics are means over pairs, token metrics means over tokens; rewards in nats times beta, the rest in nats.
+
+    `kl_divergence` is all token KLs over all scored tokens, clamped at 0: rounding can leave -1e-7 where nothing differs.
+    """
+    s = sums
+    chosen, rejected = max(s["tokens_chosen"], 1.0), max(s["tokens_rejected"], 1.0)
+    tokens = max(s["tokens_chosen"] + s["tokens_rejected"], 1.0)
+    return {
+        "loss": s["loss"],
+        "rewards/chosen": s["reward_chosen"],
+        "rewards/rejected": s["reward_rejected"],
+        "rewards/accuracies": s["accuracy"],
+        "rewards/margins": s["reward_chosen"] - s["reward_rejected"],
+        "logps/chosen": s["logp_chosen"],
+        "logps/rejected": s["logp_rejected"],
+        "logits/chosen": s["logit_chosen"] / chosen,
+        "logits/rejected": s["logit_rejected"] / rejected,
+        "entropy": s["entropy"] / tokens,
+        "mean_token_accuracy": s["top1_chosen"] / chosen,
+        # Written so that NaN stays NaN.
+        "kl_divergence": _not_negative((s["kl_chosen"] + s["kl_rejected"]) / tokens),
+        "kl_divergence/chosen": _not_negative(s["kl_chosen"] / chosen),
+        "kl_divergence/rejected": _not_negative(s["kl_rejected"] / rejected),
+    }
+
+
+def _not_negative(x: float) -> float:
+    return 0.0 if x < 0 else x
+
+
+class Window:
+    """Steps since the last log: token sums add up, shares are averaged over the steps."""
+
+    _OVER_STEPS = ("loss", "reward_chosen", "reward_rejected", "accuracy", "logp_chosen", "logp_rejected")
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.total: dict[str, float] = dict.fromkeys(Sums._fields, 0.0)
+
+    def add(self, sums: Sums) -> None:
+        self.steps += 1
+        for name, value in zip(Sums._fields, sums):
+            self.total[name] += float(value)
+
+    def metrics(self) -> dict[str, float]:
+        n = max(self.steps, 1)
+        return named({k: v / n if k in self._OVER_STEPS else v for k, v in self.total.items()})
+
+
+def evaluation(loss: np.ndarray, sums: PairSums, beta: float) -> dict[str, float]:
+    """Metrics over an evaluation set, every pair counted once.
+
+    Args:
+      loss: [N] loss of each pair.
+      sums: arrays [N, 2].
+    """
+    wide = PairSums(*(np.asarray(x, np.float64) for x in sums))
+    reward = beta * np.asarray(wide.logratio)
+    col = lambda x, b: float(np.asarray(x)[:, b].sum())  # noqa: E731
+    return named(
+        {
+            "loss": float(np.mean(loss)),
+            "reward_chosen": float(reward[:, CHOSEN].mean()),
+            "reward_rejected": float(reward[:, REJECTED].mean()),
+            "accuracy": float((reward[:, CHOSEN] > reward[:, REJECTED]).mean()),
+            "logp_chosen": float(np.asarray(wide.logp)[:, CHOSEN].mean()),
+            "logp_rejected": float(np.asarray(wide.logp)[:, REJECTED].mean()),
+            "kl_chosen": col(wide.kl, CHOSEN),
+            "kl_rejected": col(wide.kl, REJECTED),
+            "tokens_chosen": col(wide.tokens, CHOSEN),
+            "tokens_rejected": col(wide.tokens, REJECTED),
+            "entropy": float(np.asarray(wide.entropy).sum()),
+            "logit_chosen": col(wide.mean_logit, CHOSEN),
+            "logit_rejected": col(wide.mean_logit, REJECTED),
+            "top1_chosen": col(wide.top1, CHOSEN),
+        }
+    )

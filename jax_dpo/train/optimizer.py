@@ -1,0 +1,147 @@
+"""AdamW, clipping and schedules as torch and transformers have them, so that a ported run takes the same steps."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_dpo.arrays import Tree, flatten, unflatten
+
+Schedule = Callable[[int], float]
+
+# transformers' Trainer decays everything but biases and norms, by name.
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def decays(path: str) -> bool:
+    """Whether weight decay acts on the parameter with this dotted path (transformers' rule: no bias, no norm)."""
+    return _NO_DECAY.search(path.lower()) is None
+
+
+def decay_mask(params: Tree) -> Tree:
+    return unflatten({path: decays(path) for path in flatten(params)})
+
+
+def adamw(params: Tree, *, b1: float, b2: float, eps: float, weight_decay: float) -> optax.GradientTransformation:
+    """The direction u of torch's AdamW (arXiv 1711.05101): the step is p <- p - rate * u.
+
+    u = m / (sqrt(v) + eps) + weight_decay * p with bias-corrected moments, the decay only where `decays` says so. The rate stays
+    outside, so that it can change without a new trace.
+    """
+    return optax.chain(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        optax.add_decayed_weights(weight_decay, mask=decay_mask(params)),
+    )
+
+
+def clip(grads: Any, norm: jax.Array, max_norm: float) -> Any:
+    """torch's clip_grad_norm_: g * min(1, max_norm / (norm + 1e-6)); nothing where max_norm is 0."""
+    if max_norm <= 0:
+        return grads
+    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * factor, grads)
+
+
+def warmup_of(warmup_steps: float, total: int) -> int:
+    """Warm-up in steps: a number of steps, or a share in (0, 1) of the whole run, rounded up."""
+    return math.ceil(total * warmup_steps) if 0 < warmup_steps < 1 else int(warmup_steps)
+
+
+def schedule(name: str, *, total: int, warmup: int, options: dict[str, Any] | None = None) -> Schedule:
+    """transformers' schedules: step k (from 0) -> factor of the learning rate used by that step, in float64.
+
+    Args:
+      name: linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial, constant, constant_with_warmup, inverse_sqrt or
+        warmup_stable_decay.
+      total, warmup: steps of the run and of its warm-up.
+      options: `lr_scheduler_kwargs`.
+    """
+    shape = _SHAPES[name](total, warmup, dict(options or {}))
+
+    def factor(k: int) -> float:
+        if k < warmup and name != "constant":
+            return k / max(1, warmup)
+        return shape(k)
+
+    return factor
+
+
+def _progress(total: int, warmup: int) -> Callable[[int], float]:
+    return lambda k: (k - warmup) / max(1, total - warmup)
+
+
+def _linear(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
+    return lambda k: max(0.0, (total - k) / max(1, total - warmup))
+
+
+def _cosine(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
+    cycles, at = options.get("num_cycles", 0.5), _progress(total, warmup)
+    return lambda k: max(0.0, 0.5 * (1.0 + math.cos(math.pi * 2.0 * cycles * at(k))))
+
+
+def _cosine_with_restarts(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
+    cycles, at = options.get("num_cycles", 1), _progress(total, warmup)
+    return lambda k: 0.0 if at(k) >= 1 else max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((cycles * at(k)) % 1.0))))
+
+
+def _cosine_with_min_lr(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
+    least, inner = options["min_lr_rate"], _cosine(total, warmup, options)
+    return lambda k: inner(k) * (1.0 - least) + least
+
+
+def _polynomial(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
+    # `end` is lr_end / learning_rate; the caller knows the rate.
+    end, power, at = options["end"], options.get("power", 1.0), _progress(total, warmup)
+    return lambda k: end if k > total else (1.0 - end) * (1.0 - at(k)) ** power + end
+
+
+def _constant(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
+    return lambda k: 1.0
+
+
+def _inverse_sqrt(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
+    timescale = options.get("timescale") or warmup or 10_000
+    return lambda k: 1.0 / math.sqrt((k + timescale - warmup) / timescale)
+
+
+def _warmup_stable_decay(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
+    decay = options["num_decay_steps"]
+    stable = options.get("num_stable_steps", total - warmup - decay)
+    least, cycles = options.get("min_lr_ratio", 0.0), options.get("num_cycles", 0.5)
+    kind = options.get("decay_type", "cosine")
+
+    def fall(p: float) -> float:
+        if kind == "linear":
+            return 1.0 - p
+        if kind == "1-sqrt":
+            return 1.0 - math.sqrt(p)
+        return 0.5 * (1.0 + math.cos(math.pi * cycles * 2.0 * p))
+
+    def factor(k: int) -> float:
+        if k < warmup + stable:
+            return 1.0
+        if k < warmup + stable + decay:
+            return max(0.0, fall((k - warmup - stable) / max(1, decay)) * (1.0 - least) + least)
+        return least
+
+    return factor
+
+
+_SHAPES: dict[str, Callable[[int, int, dict[str, Any]], Schedule]] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "cosine_with_restarts": _cosine_with_restarts,
+    "cosine_with_min_lr": _cosine_with_min_lr,
+    "polynomial": _polynomial,
+    "constant": _constant,
+    "constant_with_warmup": _constant,
+    "inverse_sqrt": _inverse_sqrt,
+    "warmup_stable_decay": _warmup_stable_decay,
+}
+SCHEDULES = tuple(_SHAPES)

@@ -1,0 +1,58 @@
+"""What crosses the jitted step: the state that changes, what stays frozen, and the knobs that control may turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from jax_dpo.arrays import Tree
+from jax_dpo.models.config import ModelConfig
+
+
+class TrainState(NamedTuple):
+    """Donated to the step. `params` are the trained leaves alone, in float32. Leaves are arrays, shapes or shardings."""
+
+    step: Any
+    params: Tree
+    opt_state: Any
+
+
+class Frozen(NamedTuple):
+    """Beside the state, never donated, never trained.
+
+    `base` is what a LoRA policy stands on (empty in full training); `reference` is what the reference has of its own: a whole copy,
+    the leaves of a frozen adapter, or nothing (the bare base).
+    """
+
+    base: Tree
+    reference: Tree
+
+
+class Knobs(NamedTuple):
+    """Float32 scalars that change from step to step without a new trace."""
+
+    learning_rate: jax.Array
+    beta: jax.Array
+    kl_coef: jax.Array
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is static about policy and reference.
+
+    `reference_on_base`: the reference is `Frozen.base` with the leaves of `Frozen.reference` laid over it; else those alone.
+    `shared_head`: policy and reference unembed with one and the same array.
+    """
+
+    policy: ModelConfig
+    reference: ModelConfig
+    reference_on_base: bool
+    shared_head: bool
+    compute_dtype: str
+    remat: bool
+    attention: str = "chunked"
+    row_shards: int = 1
+    vocabulary_shards: int = 1
+    dropout: bool = False

@@ -1,0 +1,179 @@
+"""The step: policy and reference forward, loss, gradient and update in one compiled program, for one shape of batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_dpo.arrays import Tree, overlay
+from jax_dpo.data.batch import BRANCHES, Batch
+from jax_dpo.loss.family import LossOptions, pair_loss
+from jax_dpo.loss.scores import PairSums, pair_sums
+from jax_dpo.models.config import ModelConfig
+from jax_dpo.models.decoder import cast_for_compute, hidden_states, unembedding
+from jax_dpo.ops.token_stats.api import TokenStats, token_stats
+from jax_dpo.sharding.mesh import replicated
+from jax_dpo.sharding.rules import activations, like_params, shardings
+from jax_dpo.train.metrics import Sums, step_sums
+from jax_dpo.train.optimizer import clip
+from jax_dpo.train.state import Facts, Frozen, Knobs, TrainState
+
+
+def _scored(facts: Facts, config: ModelConfig, params: Tree, batch: Batch, mesh: Mesh, **options: Any) -> jax.Array:
+    """Hidden states [R, K, D] where the scored tokens are predicted."""
+    constrain = partial(jax.lax.with_sharding_constraint, shardings=activations(mesh))
+    hidden = hidden_states(
+        config,
+        params,
+        batch.tokens,
+        batch.positions,
+        batch.pair,
+        batch.branch,
+        constrain=constrain,
+        # A lookup in a table that is cut over both axes would move rows between all devices.
+        replicate=partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh)),
+        implementation=facts.attention,
+        **options,
+    )
+    return constrain(jnp.take_along_axis(hidden, batch.source[..., None], axis=1))
+
+
+def statistics(
+    facts: Facts, params: Tree, frozen: Frozen, batch: Batch, mesh: Mesh, key: jax.Array | None
+) -> TokenStats:
+    """Policy and reference on one micro-batch: per-token statistics [R, K]. Gradients flow into `params` alone."""
+    dtype = jnp.dtype(facts.compute_dtype)
+    still = partial(jax.tree.map, jax.lax.stop_gradient)
+    base = still(cast_for_compute(frozen.base, dtype))
+    policy = overlay(base, cast_for_compute(params, dtype))
+    own = still(cast_for_compute(frozen.reference, dtype))
+    reference = overlay(base, own) if facts.reference_on_base else own
+    hidden = _scored(facts, facts.policy, policy, batch, mesh, remat=facts.remat, dropout_key=key)
+    ref_hidden = jax.lax.stop_gradient(_scored(facts, facts.reference, reference, batch, mesh))
+    # Gathered once, before a loop over its chunks could gather it again and again.
+    whole = NamedSharding(mesh, PartitionSpec("tensor" if facts.vocabulary_shards > 1 else None, None))
+    head = lambda config, p: jax.lax.with_sharding_constraint(unembedding(config, p), whole)  # noqa: E731
+    return token_stats(
+        hidden,
+        ref_hidden,
+        head(facts.policy, policy),
+        None if facts.shared_head else head(facts.reference, reference),
+        batch.target,
+        row_shards=facts.row_shards,
+        vocabulary_shards=facts.vocabulary_shards,
+    )
+
+
+def _pairs(stats: TokenStats, batch: Batch) -> PairSums:
+    return pair_sums(stats, batch.slot, batch.weight.shape[1], BRANCHES, batch.token_weight)
+
+
+def micro_batch_loss(
+    facts: Facts,
+    options: LossOptions,
+    params: Tree,
+    frozen: Frozen,
+    batch: Batch,
+    knobs: Knobs,
+    mesh: Mesh,
+    key: jax.Array | None,
+) -> tuple[jax.Array, Sums]:
+    """A micro-batch's part of the step's loss, and its sums: the loss of a step is the plain sum of its parts."""
+    stats = statistics(facts, params, frozen, batch, mesh, key)
+    sums = _pairs(stats, batch)
+    each = pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options)
+    loss = jnp.sum(jnp.where(batch.weight > 0, batch.weight * each, 0.0))
+    if batch.sft_weight is not None:
+        share = dict(zip(options.types, options.weights))["sft"]
+        loss = loss - share * jnp.sum(batch.sft_weight * stats.logp)
+    return loss, step_sums(loss, sums, batch.weight, knobs.beta)
+
+
+def _accumulated(
+    grad_fn: Callable[..., tuple[tuple[jax.Array, Sums], Tree]],
+    params: Tree,
+    batch: Batch,
+    count: jax.Array,
+    place: Tree,
+) -> tuple[Tree, Sums]:
+    """Gradients and sums over the first `count` micro-batches of `batch` [A, ...]."""
+    most = batch.tokens.shape[0]
+    pin = partial(jax.tree.map, jax.lax.with_sharding_constraint)
+    if most == 1:
+        (_, sums), grads = grad_fn(params, jax.tree.map(lambda x: x[0], batch), 0)
+        return pin(grads, place), sums
+
+    def body(carry: tuple[jax.Array, Tree, Sums]) -> tuple[jax.Array, Tree, Sums]:
+        i, grads, sums = carry
+        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
+        (_, more_sums), more = grad_fn(params, part, i)
+        add = lambda x, y: jax.tree.map(jnp.add, x, y)  # noqa: E731
+        return i + 1, pin(add(grads, more), place), add(sums, more_sums)
+
+    zeros = pin(jax.tree.map(jnp.zeros_like, params), place)
+    nothing = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
+    start = (jnp.zeros((), jnp.int32), zeros, nothing)
+    _, grads, sums = jax.lax.while_loop(lambda carry: carry[0] < count, body, start)
+    return grads, sums
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Parameters by the rules, optimizer moments as their parameters, the rest replicated. `state` may be abstract."""
+    return TrainState(replicated(mesh), shardings(state.params, mesh), like_params(state.opt_state, state.params, mesh))
+
+
+def make_step(
+    facts: Facts,
+    options: LossOptions,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    abstract: TrainState,
+    *,
+    max_grad_norm: float,
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """The jitted train step `(state, frozen, batch, count, knobs, key) -> (state, results)`; `state` is donated.
+
+    `batch` has arrays [A, R, ...] of which the first `count` micro-batches hold something. Results: `sums` (`metrics.Sums`),
+    `grad_norm` (before clipping) and `finite`: where a loss or gradient is not finite, the state comes back as it went in.
+    """
+    place = state_shardings(abstract, mesh)
+
+    def step(
+        state: TrainState, frozen: Frozen, batch: Batch, count: jax.Array, knobs: Knobs, key: jax.Array
+    ) -> tuple[TrainState, dict[str, Any]]:
+        def loss_fn(params: Tree, part: Batch, i: jax.Array | int) -> tuple[jax.Array, Sums]:
+            mine = jax.random.fold_in(key, i) if facts.dropout else None
+            return micro_batch_loss(facts, options, params, frozen, part, knobs, mesh, mine)
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        grads, sums = _accumulated(grad_fn, state.params, batch, count, place.params)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
+        updates, opt_state = tx.update(clip(grads, norm, max_grad_norm), state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - knobs.learning_rate * u, state.params, updates)
+        keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        new = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state))
+        return new, {"sums": sums, "grad_norm": norm, "finite": finite}
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(mesh)))
+
+
+def make_evaluation(
+    facts: Facts, options: LossOptions, mesh: Mesh
+) -> Callable[[Tree, Frozen, Batch, Knobs], tuple[jax.Array, PairSums]]:
+    """The jitted evaluation of one batch [R, ...]: loss of each pair [R, S] and its sums [R, S, 2], on every process.
+
+    Without the `sft` term, which is a mean over the chosen tokens of the whole set: `evaluate` adds it.
+    """
+
+    def evaluate(params: Tree, frozen: Frozen, batch: Batch, knobs: Knobs) -> tuple[jax.Array, PairSums]:
+        sums = _pairs(statistics(facts, params, frozen, batch, mesh, None), batch)
+        return pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options), sums
+
+    return jax.jit(evaluate, out_shardings=replicated(mesh))

@@ -1,0 +1,188 @@
+"""What the commands of the command line do, given their options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax_dpo.config import DPOConfig, ScriptArguments
+from jax_dpo.data.load import Rows, list_splits, load_rows, split_rows
+from jax_dpo.errors import OK, STOPPED, Stopped, UserError
+from jax_dpo.models.lora import LoraConfig
+from jax_dpo.report.terminal import Terminal
+from jax_dpo.sharding.multihost import is_primary, leave
+
+
+def _train_rows(script: ScriptArguments) -> Rows:
+    return load_rows(script.dataset_name, split=script.dataset_train_split, config=script.dataset_config)
+
+
+def _held_out(script: ScriptArguments) -> Any:
+    """Held-out pairs that are named, or a test split that is there; None where there are none."""
+    if script.eval_dataset is not None:
+        return script.eval_dataset
+    if not script.dataset_name:
+        return None
+    splits = list_splits(script.dataset_name, config=script.dataset_config)
+    if script.dataset_test_split in splits:
+        return load_rows(script.dataset_name, split=script.dataset_test_split, config=script.dataset_config)
+    return None
+
+
+def _data(script: ScriptArguments, config: DPOConfig) -> tuple[Any, Any]:
+    """Training rows and held-out rows."""
+    train, held_out = _train_rows(script), _held_out(script)
+    if config.eval_strategy == "no":
+        return train, None
+    if held_out is None and script.test_split_size is not None:
+        return split_rows(train, script.test_split_size, config.seed)
+    return train, held_out
+
+
+def _adapter(script: ScriptArguments) -> LoraConfig | None:
+    if not script.use_peft:
+        return None
+    return LoraConfig(
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules=script.lora_target_modules,
+        use_rslora=script.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+
+
+def run_training(script: ScriptArguments, config: DPOConfig) -> int:
+    """`jax-dpo train`: returns the exit code of the verdict, or that of a run stopped by a signal."""
+    from jax_dpo.trainer.dpo import DPOTrainer
+    from jax_dpo.trainer.setup import prepare_jax
+
+    notes = prepare_jax(config)
+    from jax_dpo.report.terminal import Quiet
+
+    display = Terminal(output_dir=config.output_dir) if is_primary() else Quiet()
+    try:
+        display.busy("reading the data")
+        train, held_out = _data(script, config)
+        trainer = DPOTrainer(
+            model=script.model_name_or_path,
+            ref_model=script.ref_model_name_or_path,
+            args=config,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=script.tokenizer_name_or_path,
+            peft_config=_adapter(script),
+            display=display,
+            revision=script.model_revision,
+        )
+        trainer.notes = [*script.warnings(), *(notes or trainer.notes)]
+        trainer.train()
+        code = trainer.exit_code
+        already = trainer.already_finished
+    except Stopped:
+        code, already = STOPPED, False
+    finally:
+        display.close()
+    leave()
+    if already and is_primary():
+        print(f"{config.output_dir} holds this run, finished: nothing to do. --overwrite_output_dir starts it over.")
+    return code
+
+
+def run_evaluation(script: ScriptArguments, config: DPOConfig) -> int:
+    """`jax-dpo evaluate`: prints the metrics of a model on held-out pairs against its reference."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from jax_dpo.trainer.dpo import DPOTrainer
+
+    held_out = _held_out(script)
+    if held_out is None:
+        raise UserError(
+            "evaluation-data-missing",
+            f"{script.dataset_name} has no split {script.dataset_test_split}. Name the held-out pairs with --eval_dataset, "
+            "or their split with --dataset_test_split.",
+        )
+    trainer = DPOTrainer(
+        model=script.model_name_or_path,
+        ref_model=script.ref_model_name_or_path,
+        args=config,
+        eval_dataset=held_out,
+        processing_class=script.tokenizer_name_or_path,
+        revision=script.model_revision,
+    )
+    found = trainer.evaluate()
+    if is_primary():
+        table = Table(title=f"{trainer.pairing.policy.files.path} against {trainer.pairing.sentence}")
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        for name, value in found.items():
+            table.add_row(name, f"{value:.6g}")
+        Console().print(table)
+    leave()
+    return OK
+
+
+def run_check(script: ScriptArguments, config: DPOConfig) -> int:
+    """`jax-dpo check`: the report on the data; 0 where at least one pair is left."""
+    from jax_dpo.data.prepare import prepare
+    from jax_dpo.data.summary import check_report
+    from jax_dpo.policy import load_model
+    from jax_dpo.trainer.datasets import Tokenizer, data_options
+
+    policy = load_model(script.model_name_or_path, revision=script.model_revision)
+    tokenizer = Tokenizer(script.tokenizer_name_or_path, policy)
+    data = prepare(
+        _train_rows(script),
+        lambda: tokenizer.loaded,
+        tokenizer_key=tokenizer.fingerprint,
+        options=data_options(config),
+    )
+    print(check_report(data, tokenizer.loaded if len(data.pairs) else None))
+    data.require_pairs()
+    return OK
+
+
+def run_generate(
+    model: str,
+    prompts: Sequence[str],
+    *,
+    adapter: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> int:
+    """`jax-dpo generate`: answers prompts as a user's turn, or continues them where the tokenizer has no chat template."""
+    from jax_dpo.models.generate import generate
+    from jax_dpo.policy import load_model
+    from jax_dpo.trainer.datasets import Tokenizer
+    from jax_dpo.trainer.samples import stop_ids_of
+
+    policy = load_model(model, adapter=adapter)
+    tokenizer = Tokenizer(None, policy).loaded
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    answers = generate(
+        policy.config,
+        policy.params,
+        ids,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids_of(policy, tokenizer),
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        print(text if len(prompts) == 1 else ("\n" if i else "") + f"> {prompt}\n{text}")
+    return OK
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt: through the chat template where there is one, as training renders it."""
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(prompt)["input_ids"])

@@ -1,0 +1,167 @@
+"""Tokenizer and data sets of a run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_dpo.config import DPOConfig
+from jax_dpo.config.places import token_cache
+from jax_dpo.data.batch import Tree
+from jax_dpo.data.load import Rows
+from jax_dpo.data.pack import Sizes
+from jax_dpo.data.prepare import DataOptions, PreparedData, prepare
+from jax_dpo.data.tokenize import tokenizer_fingerprint
+from jax_dpo.data.tokens import TokenizedPairs
+from jax_dpo.errors import UserError
+from jax_dpo.policy import Policy
+from jax_dpo.weights.tokenizer_files import files_of_tokenizer
+
+
+class Tokenizer:
+    """The tokenizer of a run, loaded when it is first needed: tokens from the cache do not need it."""
+
+    def __init__(self, given: Any, policy: Policy) -> None:
+        self._given, self._policy = given, policy
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """Its files, byte for byte as they came where it was not changed."""
+        if self._given is None:
+            return self._policy.files.tokenizer_files()
+        if isinstance(self._given, str | Path):
+            from jax_dpo.weights.source import resolve_model
+            from jax_dpo.weights.tokenizer_files import read_tokenizer_files
+
+            return read_tokenizer_files(resolve_model(self._given))
+        return files_of_tokenizer(self._given)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        if self._given is not None and not isinstance(self._given, str | Path):
+            return tokenizer_fingerprint(self._given)
+        with tempfile.TemporaryDirectory() as folder:
+            self._write(Path(folder))
+            return tokenizer_fingerprint(folder)
+
+    def _write(self, folder: Path) -> None:
+        for name, content in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+
+    @cached_property
+    def loaded(self) -> Any:
+        """The transformers tokenizer.
+
+        Raises:
+          UserError: the model has none, or its files cannot be read.
+        """
+        if self._given is not None and not isinstance(self._given, str | Path):
+            return self._given
+        if not self.files:
+            raise UserError(
+                "tokenizer-missing",
+                f"{self._given or self._policy.files.path} has no tokenizer (no tokenizer.json or tokenizer_config.json). "
+                "Name a directory that has one with tokenizer_name_or_path, or give processing_class.",
+            )
+        from transformers import AutoTokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            self._write(Path(folder))
+            try:
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            except Exception as e:
+                raise UserError(
+                    "tokenizer-broken",
+                    f"The tokenizer of {self._given or self._policy.files.path} cannot be loaded: {e}. "
+                    "Expected the files that save_pretrained of transformers writes.",
+                ) from e
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """A prepared data set with what packing must know of it."""
+
+    data: PreparedData
+    share_prompt: bool
+
+    @property
+    def pairs(self) -> TokenizedPairs:
+        return self.data.pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def tree(self, i: int) -> Tree:
+        found = self.pairs.tree(i)
+        return found if self.share_prompt else found._replace(shared=False)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        tokens = self.pairs.tree_lengths(self.share_prompt).astype(np.int64)
+        return Sizes(tokens, self.pairs.scored_lengths().sum(1).astype(np.int64))
+
+    @cached_property
+    def trl_tokens(self) -> np.ndarray:
+        """[N] tokens of both sequences, as TRL's num_tokens counts them."""
+        return self.pairs.sequence_lengths().sum(1).astype(np.int64)
+
+    @cached_property
+    def chosen_scored(self) -> np.ndarray:
+        return self.pairs.scored_lengths()[:, 0].astype(np.int64)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence (prompt and one answer)."""
+        return int(self.pairs.sequence_lengths().max(initial=1))
+
+
+def data_options(config: DPOConfig) -> DataOptions:
+    return DataOptions(
+        max_length=config.max_length,
+        truncation_mode=config.truncation_mode,
+        max_prompt_length=config.max_prompt_length,
+        drop_rows=tuple(config.drop_rows),
+        min_gap=config.min_score_gap,
+        cache_dir=token_cache(config.dataset_cache_dir),
+    )
+
+
+def prepare_set(
+    source: Any,
+    tokenizer: Tokenizer,
+    config: DPOConfig,
+    *,
+    name: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PairSet:
+    """Loads, checks and tokenizes one data set.
+
+    Raises:
+      UserError: see `data.prepare`; no pair is left.
+    """
+    data = prepare(
+        source,
+        lambda: tokenizer.loaded,
+        tokenizer_key=tokenizer.fingerprint,
+        options=data_options(config),
+        name=name,
+        progress=progress,
+    )
+    data.require_pairs()
+    return PairSet(data, config.share_prompt)
+
+
+def prepare_evaluation(given: Any, tokenizer: Tokenizer, config: DPOConfig) -> dict[str | None, PairSet]:
+    """The held-out sets by name; one that stands alone has the name None."""
+    if given is None:
+        return {}
+    if isinstance(given, Mapping) and not isinstance(given, Rows):
+        return {str(name): prepare_set(source, tokenizer, config) for name, source in given.items()}
+    return {None: prepare_set(given, tokenizer, config)}

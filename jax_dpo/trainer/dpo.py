@@ -1,0 +1,290 @@
+"""DPOTrainer: TRL's trainer by its signature; it builds the parts in reading order and hands them to the loop."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jax_dpo.config import DPOConfig
+from jax_dpo.errors import OK, Stopped, UserError
+from jax_dpo.policy import Policy
+from jax_dpo.report.records import Record, RunLog, log_history
+from jax_dpo.report.terminal import Display, Quiet
+from jax_dpo.sharding.multihost import is_primary
+from jax_dpo.train.loop import Loop, Progress
+from jax_dpo.train.memory import MemorySettings, memory_advice
+from jax_dpo.train.signals import StopRequest
+from jax_dpo.trainer import outputs
+from jax_dpo.trainer.datasets import PairSet, Tokenizer, prepare_evaluation, prepare_set
+from jax_dpo.trainer.engine import Engine
+from jax_dpo.trainer.models import Pairing, pair_models
+from jax_dpo.trainer.parts import assemble, evaluation_metrics, fresh_progress, make_plan, resume_step, start_record
+from jax_dpo.trainer.setup import prepare_jax
+from jax_dpo.trainer.verdict import conclude
+
+
+@dataclass
+class TrainerState:
+    """What `trainer.state` shows: TRL's log, one dict a log line."""
+
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    global_step: int = 0
+    epoch: float = 0.0
+    best_metric: float | None = None
+    best_model_checkpoint: str | None = None
+    best_global_step: int | None = None
+
+
+@dataclass
+class TrainOutput:
+    """What `train()` returns, with the names of transformers' TrainOutput."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, Any]
+
+
+class DPOTrainer:
+    """Trains a policy on preference pairs by Direct Preference Optimization (arXiv 2305.18290).
+
+    Args:
+      model: a directory, a GGUF file, a Hub name, a model of `load_model`, or a transformers model object.
+      ref_model: the reference; None: the policy's own start (its base under a fresh adapter, its adapter where it came with one).
+      args: the options; None: DPOConfig's defaults in `<model>-DPO`.
+      train_dataset: preference pairs in one of TRL's formats: a `datasets` object, a list of dicts, a file or a name.
+      eval_dataset: the same, or several by name.
+      processing_class: the tokenizer; None: the model's own. `tokenizer` is its older name.
+      callbacks: objects with any of TRL's `on_log`, `on_evaluate`, `on_save`; they may look, not steer.
+      peft_config: a `LoraConfig` (ours or PEFT's): a fresh adapter is trained, the model is the reference.
+
+    Raises:
+      UserError: whatever in models, data and options cannot be used, before anything is computed.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        peft_config: Any = None,
+        *,
+        tokenizer: Any = None,
+        display: Display | None = None,
+        revision: str | None = None,
+    ) -> None:
+        began = time.time()
+        if model is None:
+            raise UserError(
+                "model-missing", "DPOTrainer needs a model: a directory, a GGUF file, a Hub name or a model object."
+            )
+        if ref_model is not None and ref_model is model and not isinstance(model, str | Path):
+            raise UserError(
+                "reference-is-policy",
+                "model and ref_model are one and the same object, which would be trained as its own reference. "
+                "Leave ref_model out: the policy's start is the reference then.",
+            )
+        self.display: Display = display or Quiet()
+        self.callbacks = list(callbacks or [])
+        self.pairing: Pairing = pair_models(
+            model, ref_model, peft_config, revision=revision, seed=args.seed if args else 42
+        )
+        self.args = args or DPOConfig(f"{self.pairing.policy.name}-DPO")
+        self.notes = prepare_jax(self.args)
+        self.tokenizer = Tokenizer(processing_class if processing_class is not None else tokenizer, self.pairing.policy)
+        self.train_set: PairSet | None = None
+        if train_dataset is not None:
+            self.train_set = prepare_set(train_dataset, self.tokenizer, self.args, progress=self._tokenizing)
+        self.eval_sets = prepare_evaluation(eval_dataset, self.tokenizer, self.args)
+        if self.args.eval_strategy != "no" and not self.eval_sets:
+            raise UserError(
+                "evaluation-data-missing",
+                f"eval_strategy is {self.args.eval_strategy}, but there are no held-out pairs. Give eval_dataset (or a test split, or "
+                "test_split_size on the command line), or set eval_strategy to no.",
+            )
+        self.plan = make_plan(self.args, len(self.train_set)) if self.train_set is not None else None
+        self.engine = Engine(self.args, self.pairing, self.train_set, self.eval_sets, self.plan)
+        self.state = TrainerState()
+        self.records: list[Record] = []
+        self.exit_code = OK
+        self.already_finished = False
+        self.began = began
+        self._device_state: Any = None
+        self._frozen: Any = None
+
+    @property
+    def model(self) -> Policy:
+        """The policy as it was given."""
+        return self.pairing.policy
+
+    @property
+    def processing_class(self) -> Any:
+        """The tokenizer."""
+        return self.tokenizer.loaded
+
+    @property
+    def train_dataset(self) -> list[dict[str, list[int]]]:
+        """The pairs that are trained on, as TRL has them: prompt_ids, chosen_ids, rejected_ids."""
+        return list(self.train_set.pairs.rows()) if self.train_set is not None else []
+
+    def _tokenizing(self, done: int, total: int) -> None:
+        self.display.busy(f"tokenizing {done:,} of {total:,}")
+
+    def _memory(self, doing: str) -> Any:
+        a = self.args
+        settings = MemorySettings(
+            per_device_train_batch_size=a.per_device_train_batch_size,
+            gradient_accumulation_steps=a.gradient_accumulation_steps,
+            max_length=a.max_length,
+            gradient_checkpointing=a.gradient_checkpointing,
+            use_peft=self.pairing.policy.config.lora is not None,
+            bf16=a.bf16,
+            micro_batch_tokens=a.micro_batch_tokens,
+        )
+        return memory_advice(settings, doing=doing)
+
+    def _load(self) -> None:
+        """Model and reference onto the devices."""
+        if self._device_state is None:
+            self.display.busy("loading the model")
+            with self._memory("loading the model"):
+                self._device_state = self.engine.fresh_state()
+                self._frozen = self.engine.frozen(self._device_state)
+
+    def _notify(self, event: str, fields: dict[str, Any]) -> None:
+        """Tells the callbacks, with TRL's arguments."""
+        self.state.log_history = log_history(self._log.records()) if self._log else self.state.log_history
+        name = {"on_log": "logs", "on_evaluate": "metrics"}.get(event)
+        for callback in self.callbacks:
+            handler: Callable[..., Any] | None = getattr(callback, event, None)
+            if handler is not None:
+                handler(self.args, self.state, None, **({name: dict(fields)} if name else {}))
+
+    _log: RunLog | None = None
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
+        """Trains to the end and writes everything under `args.output_dir`.
+
+        Args:
+          resume_from_checkpoint: None: as in `args`; True: the newest checkpoint; a path; "auto": go on where there is an unfinished
+            run of the same options, else start.
+
+        Raises:
+          UserError: no training data; the directory holds another run; numbers that are not finite; no space; out of memory.
+          Stopped: a signal; everything is saved.
+        """
+        if self.train_set is None or self.plan is None:
+            raise UserError("train-data-missing", "train() needs train_dataset.")
+        wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        out = Path(self.args.output_dir)
+        primary = is_primary()
+        start = resume_step(out, wanted, self.args, self._options(), self.display)
+        if start.finished:
+            return self._finished(out)
+        with tempfile.TemporaryDirectory() as elsewhere, StopRequest() as stop:
+            # Every process keeps the account, since control and checkpoints read it; one keeps it where the user looks.
+            log = RunLog((out if primary else Path(elsewhere)) / "run.jsonl")
+            self._log = log
+            self._load()
+            parts = assemble(self, log, self._frozen, primary=primary)
+            progress = fresh_progress(self.args)
+            state, self._device_state = self._device_state, None
+            try:
+                with parts.checkpoints, self._memory("training"):
+                    if start.step is not None:
+                        state, progress = start.restore(parts, self.engine.abstract_state)
+                    else:
+                        self.display.write(parts.writers.write(start_record(self)))
+                        if primary:
+                            outputs.write_dropped(out, self.named_sets())
+                    loop = Loop(parts, state, progress)
+                    loop.run(stop)
+                    self.exit_code = conclude(self, loop, primary=primary)
+                    self._device_state = loop.state
+            except Stopped:
+                parts.report()
+                raise
+            finally:
+                self.records = log.records()
+                self.state.log_history = log_history(self.records)
+                parts.writers.close()
+                self._log = None
+        return self._output(loop.progress)
+
+    def _output(self, progress: Progress) -> TrainOutput:
+        losses = [e["loss"] for e in self.state.log_history if "loss" in e]
+        last = self.state.log_history[-1] if self.state.log_history else {}
+        self.state.global_step = progress.step
+        metrics = {k: v for k, v in last.items() if k.startswith("train_")}
+        return TrainOutput(progress.step, sum(losses) / len(losses) if losses else float("nan"), metrics)
+
+    def _finished(self, out: Path) -> TrainOutput:
+        """A run that is at its end already: say so, and show what it came to."""
+        from jax_dpo.report.records import read_records
+
+        self.already_finished = True
+        self.records = read_records(out / "run.jsonl")
+        self.state.log_history = log_history(self.records)
+        self.exit_code = int(outputs.read_json(out / "verdict.json").get("exit_code", OK))
+        steps = max((r["step"] for r in self.records), default=0)
+        return TrainOutput(steps, float("nan"), {})
+
+    def named_sets(self) -> dict[str, PairSet]:
+        """All data sets by the names under which reports show them."""
+        named = {"train": self.train_set} if self.train_set is not None else {}
+        return {**named, **{name or "eval": s for name, s in self.eval_sets.items()}}
+
+    def _options(self) -> dict[str, Any]:
+        """What makes two runs the same run: every option, the models and the data."""
+        p = self.pairing
+        return {
+            "options": self.args.to_dict(),
+            "model": str(p.policy.files.path),
+            "reference": str(p.other.files.path) if p.other else p.kind,
+            "data": {name: s.data.counts for name, s in self.named_sets().items()},
+        }
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Metrics of the held-out pairs under the policy as it stands, every pair counted once.
+
+        Args:
+          eval_dataset: another set than the trainer's own.
+
+        Raises:
+          UserError: there are no held-out pairs.
+        """
+        sets = self.eval_sets
+        if eval_dataset is not None:
+            sets = prepare_evaluation(eval_dataset, self.tokenizer, self.args)
+        if not sets:
+            raise UserError("evaluation-data-missing", "evaluate() needs held-out pairs: give eval_dataset.")
+        if self.train_set is None and not self.engine.eval_sets:
+            self.engine.eval_sets = sets
+        self._load()
+        with self._memory("evaluating"):
+            return evaluation_metrics(self, sets, self._device_state, self._frozen)
+
+    def save_model(self, output_dir: str | Path | None = None, dtype: str = "auto", *, merge: bool = False) -> None:
+        """Writes the policy as it stands: a Hugging Face directory, or a PEFT adapter (with `merge` full weights).
+
+        Args:
+          dtype: "auto" is that of the weights that came in.
+        """
+        self._load()
+        outputs.export(
+            self.pairing.policy,
+            self._device_state.params,
+            Path(output_dir or self.args.output_dir),
+            tokenizer_files=self.tokenizer.files,
+            primary=is_primary(),
+            dtype=dtype,
+            merge=merge,
+            replace=False,
+        )

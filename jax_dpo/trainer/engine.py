@@ -1,0 +1,237 @@
+"""Everything that a run does on the devices, built from its options once: mesh, models, batch shape, step, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jax_dpo.arrays import flatten
+from jax_dpo.config import DPOConfig
+from jax_dpo.data.batch import Batch
+from jax_dpo.data.loader import Feed, StepBatch, evaluation_batches, step_batch
+from jax_dpo.data.order import Position, pairs_at
+from jax_dpo.data.pack import RowShape, Sizes, choose_shape, micro_batches, pack
+from jax_dpo.loss.family import LossOptions
+from jax_dpo.models.decoder import describe, is_adapter
+from jax_dpo.ops.attention.api import choose
+from jax_dpo.sharding.mesh import make_mesh, replicated, row_shards
+from jax_dpo.sharding.place import batch_to_devices, row_range
+from jax_dpo.train.evaluate import EvalSet
+from jax_dpo.train.flops import attended_of, cost_of, work_of
+from jax_dpo.train.optimizer import adamw
+from jax_dpo.train.plan import Plan
+from jax_dpo.train.state import TrainState
+from jax_dpo.train.step import make_evaluation, make_step, state_shardings
+from jax_dpo.trainer.datasets import PairSet
+from jax_dpo.trainer.models import Pairing, facts_of, frozen_of, place, trained_leaves
+
+SAMPLED_STEPS = 32  # steps whose packing decides the batch shape
+COUNTED_PAIRS = 400_000  # up to so many pairs every step is packed ahead, to know the most micro-batches of any
+
+
+def compute_dtype(config: DPOConfig) -> str:
+    """bf16 as told; unset, bfloat16 where the hardware multiplies it faster than float32."""
+    if config.bf16 is None:
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "bfloat16" if config.bf16 else "float32"
+
+
+def loss_options(config: DPOConfig) -> LossOptions:
+    types = tuple(config.loss_type)
+    return LossOptions(
+        types=types,
+        weights=tuple(config.loss_weights or [1.0] * len(types)),
+        label_smoothing=config.label_smoothing,
+        f_divergence=config.f_divergence_type,
+        f_alpha=config.f_alpha_divergence_coef,
+        discopop_tau=config.discopop_tau,
+        use_weighting=config.use_weighting,
+        kl_reduction=config.kl_reduction,
+    )
+
+
+@dataclass
+class Engine:
+    """Built once a run; its parts are made when they are first asked for."""
+
+    config: DPOConfig
+    pairing: Pairing
+    train_set: PairSet | None
+    eval_sets: dict[str | None, PairSet]
+    plan: Plan | None
+
+    @cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        c = self.config
+        return make_mesh(c.mesh_data, c.mesh_fsdp, c.mesh_tensor)
+
+    @cached_property
+    def dtype(self) -> str:
+        return compute_dtype(self.config)
+
+    @cached_property
+    def facts(self) -> Any:
+        attention, _ = choose(jax.default_backend(), self.dtype)
+        return facts_of(
+            self.pairing,
+            self.mesh,
+            compute_dtype=self.dtype,
+            remat=self.config.gradient_checkpointing,
+            attention=attention,
+            dropout=not self.config.disable_dropout,
+        )
+
+    @cached_property
+    def options(self) -> LossOptions:
+        return loss_options(self.config)
+
+    @cached_property
+    def tx(self) -> optax.GradientTransformation:
+        c = self.config
+        return adamw(
+            self.abstract_params, b1=c.adam_beta1, b2=c.adam_beta2, eps=c.adam_epsilon, weight_decay=c.weight_decay
+        )
+
+    @cached_property
+    def abstract_params(self) -> Any:
+        """Shapes of the trained parameters."""
+        _, tree = describe(self.facts.policy)
+        if self.facts.policy.lora is None:
+            return tree
+        from jax_dpo.arrays import unflatten
+
+        return unflatten({p: x for p, x in flatten(tree).items() if is_adapter(p)})
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes and shardings of the whole train state."""
+        params = self.abstract_params
+        step = jax.ShapeDtypeStruct((), np.int32)
+        state = TrainState(step, params, jax.eval_shape(self.tx.init, params))
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_shardings(state, self.mesh)
+        )
+
+    def fresh_state(self) -> TrainState:
+        """The state before step 1, read from the model's files."""
+        params = place(trained_leaves(self.pairing.policy), self.mesh, "float32")
+        where = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        # Without the shardings every moment would be made on one device.
+        opt_state = jax.jit(self.tx.init, out_shardings=where.opt_state)(params)
+        return TrainState(jax.device_put(np.int32(0), replicated(self.mesh)), params, opt_state)
+
+    def frozen(self, state: TrainState) -> Any:
+        """Reference and base; `state` is the fresh one."""
+        return frozen_of(self.pairing, state.params, self.mesh, self.dtype)
+
+    @cached_property
+    def feed(self) -> Feed:
+        """The batch shape, and which rows of it this process fills."""
+        sets = [s for s in (self.train_set, *self.eval_sets.values()) if s is not None]
+        return self._feed(sets, self.train_set, self.plan)
+
+    def _feed(self, sets: list[PairSet], train: PairSet | None, plan: Plan | None) -> Feed:
+        c, shards = self.config, row_shards(self.mesh)
+        whole = Sizes(*(np.concatenate([getattr(s.sizes, f) for s in sets]) for f in Sizes._fields))
+        longest = max(s.longest for s in sets)
+        budget = c.micro_batch_tokens or c.per_device_train_batch_size * 2 * longest
+        if train is not None and plan is not None:
+            at = np.unique(np.linspace(0, plan.total - 1, min(SAMPLED_STEPS, plan.total)).astype(int))
+            steps = [np.concatenate(self.groups(plan.after(int(k)))) for k in at]
+        else:
+            size = c.per_device_eval_batch_size * shards
+            steps = np.array_split(np.arange(len(whole.tokens)), -(-len(whole.tokens) // size))[:SAMPLED_STEPS]
+        shape = choose_shape(
+            whole,
+            steps,
+            row_shards=shards,
+            micro_batch_tokens=budget,
+            cost=cost_of(self.work, jax.default_backend()),
+            # Lanes of a TPU and tiles of a GPU want multiples of 128; a CPU does as well with less padding.
+            granule=32 if jax.default_backend() == "cpu" else 128,
+        )
+        rows = shape.rows * shards
+        first, last = row_range(self.mesh, rows)
+        most = self._most_micro_batches(shape, shards, train, plan)
+        return Feed(shape, shards, first, last, most, c.ld_alpha, "sft" in self.options.types)
+
+    def _most_micro_batches(self, shape: RowShape, shards: int, train: PairSet | None, plan: Plan | None) -> int:
+        if train is None or plan is None:
+            return 1
+        if plan.total * plan.pairs_per_step > COUNTED_PAIRS:
+            return micro_batches(min(plan.pairs_per_step, len(train)), shape, shards)
+        most = 1
+        for k in range(plan.total):
+            pairs = np.concatenate(self.groups(plan.after(k)))
+            rows = pack(Sizes(train.sizes.tokens[pairs], train.sizes.scored[pairs]), shape)
+            most = max(most, micro_batches(len(rows), shape, shards))
+        return most
+
+    @cached_property
+    def work(self) -> Any:
+        facts = self.facts
+        return work_of(facts.policy, adapter=facts.policy.lora is not None, reference=facts.reference)
+
+    def groups(self, position: Position) -> list[np.ndarray]:
+        """TRL's micro-batches of the step at a position."""
+        assert self.train_set is not None and self.plan is not None
+        c = self.config
+        return pairs_at(
+            position,
+            len(self.train_set),
+            seed=c.seed if c.data_seed is None else c.data_seed,
+            strategy=c.train_sampling_strategy,
+            micro_batch=self.plan.micro_batch,
+            micro_batches_per_step=self.plan.accumulation,
+        )
+
+    def batch_at(self, position: Position) -> StepBatch:
+        s = self.train_set
+        assert s is not None
+        return step_batch(s, s.sizes, s.trl_tokens, s.chosen_scored, self.groups(position), self.feed)
+
+    def to_devices(self, batch: StepBatch) -> Batch:
+        return batch_to_devices(batch.batch, self.mesh, self.feed.rows, leading=1)
+
+    def flops(self, batch: StepBatch) -> float:
+        """What the step owes on all devices."""
+        s = self.train_set
+        assert s is not None
+        i = batch.pairs
+        seen = attended_of(s.pairs.branch_lengths()[i], s.pairs.shared[i] & s.share_prompt)
+        w = self.work
+        return float(w.token * s.sizes.tokens[i].sum() + w.attention * seen.sum() + w.scored * s.sizes.scored[i].sum())
+
+    def held_out(self, name: str | None, data: PairSet) -> EvalSet:
+        """An evaluation set in batches of the training shape, or of a shape of its own where its pairs do not fit."""
+        feed = self.feed
+        shape = feed.shape
+        if data.sizes.tokens.max() > shape.row_tokens or data.sizes.scored.max() > shape.row_scored:
+            feed = self._feed([data], None, None)
+
+        def batches() -> Iterator[Batch]:
+            for batch in evaluation_batches(data, data.sizes, replace(feed, sft=False)):
+                yield batch_to_devices(batch, self.mesh, feed.rows, leading=0)
+
+        return EvalSet(name, len(data), batches)
+
+    @cached_property
+    def step(self) -> Callable[..., Any]:
+        return make_step(
+            self.facts,
+            self.options,
+            self.tx,
+            self.mesh,
+            self.abstract_state,
+            max_grad_norm=self.config.max_grad_norm,
+        )
+
+    @cached_property
+    def evaluator(self) -> Any:
+        return make_evaluation(self.facts, self.options, self.mesh)

@@ -1,0 +1,173 @@
+"""Which model is trained, which one it is held against, and how both lie on the devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_dpo.arrays import Tree, flatten, unflatten
+from jax_dpo.errors import UserError
+from jax_dpo.models.config import ModelConfig
+from jax_dpo.models.decoder import cast_for_compute, is_adapter
+from jax_dpo.models.lora import LoraConfig
+from jax_dpo.policy import Policy, load_model
+from jax_dpo.sharding.mesh import row_shards
+from jax_dpo.sharding.place import from_reader
+from jax_dpo.sharding.rules import check_heads, shardings
+from jax_dpo.train.state import Facts, Frozen
+from jax_dpo.weights.peft import new_adapter
+
+# What stands for the reference: the policy's own start, the model under the adapter, the adapter as it was, or another model.
+START, BASE, ADAPTER, OTHER = "start", "base", "adapter", "other"
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Policy and reference. `other` is the reference's own model, where it has one."""
+
+    policy: Policy
+    kind: str
+    other: Policy | None = None
+
+    @property
+    def same_start(self) -> bool:
+        """Whether the reference is the policy's own start: then loss, margin and KL begin at their values for equal models."""
+        if self.kind == BASE:
+            return all(not np.any(x.read()) for p, x in self.policy.leaves.items() if p.endswith(".lora_b"))
+        return self.kind in (START, ADAPTER)
+
+    @property
+    def sentence(self) -> str:
+        """The reference in words, for reports."""
+        if self.kind == OTHER:
+            assert self.other is not None
+            return f"{self.other.files.path}, frozen"
+        return {
+            START: "the policy as it was at the start, frozen (a second copy)",
+            BASE: "the model without its adapter (no second copy)",
+            ADAPTER: "the model with its adapter as it was at the start, frozen (the base has no second copy)",
+        }[self.kind]
+
+
+def pair_models(model: Any, ref_model: Any, peft_config: Any, *, revision: str | None, seed: int) -> Pairing:
+    """Opens policy and reference.
+
+    An explicit `ref_model` always wins; `peft_config` gives a fresh adapter whose reference is the base; a policy that comes with an
+    adapter is held against that adapter; else the policy's own start is the reference.
+
+    Raises:
+      UserError: what `load_model` raises; two vocabularies that differ; model and reference are one object.
+    """
+    policy = load_model(model, revision=revision)
+    kind = START if policy.config.lora is None else ADAPTER
+    if peft_config is not None:
+        policy = policy.with_adapter(new_adapter(LoraConfig.of(peft_config), policy.config, seed))
+        kind = BASE
+    if ref_model is None:
+        return Pairing(policy, kind)
+    other = load_model(ref_model, revision=revision)
+    if other.config.vocab_size != policy.config.vocab_size:
+        raise UserError(
+            "reference-vocabulary",
+            f"The reference {other.files.path} has {other.config.vocab_size} tokens, the policy {policy.files.path} has "
+            f"{policy.config.vocab_size}. Both must read the same token ids: give a reference with the policy's tokenizer.",
+        )
+    if policy.config.lora is not None and other.config == policy.base().config and _same_files(other, policy):
+        return Pairing(policy, BASE)
+    return Pairing(policy, OTHER, other)
+
+
+def _same_files(a: Policy, b: Policy) -> bool:
+    return Path(a.files.path).resolve() == Path(b.files.path).resolve() and a.files.path.exists()
+
+
+def facts_of(pairing: Pairing, mesh: Mesh, *, compute_dtype: str, remat: bool, attention: str, dropout: bool) -> Facts:
+    """The static facts of policy and reference on a mesh.
+
+    Raises:
+      UserError: the mesh would cut a key-value head.
+    """
+    policy = pairing.policy.config
+    reference = policy
+    if pairing.kind == BASE:
+        reference = replace(policy, lora=None)
+    elif pairing.kind == OTHER:
+        assert pairing.other is not None
+        reference = pairing.other.config
+    for config in (policy, reference):
+        check_heads(config.num_kv_heads, mesh)
+    head_adapted = policy.lora is not None and "lm_head" in policy.lora.targets
+    if head_adapted:
+        raise UserError(
+            "lora-head",
+            "target_modules names lm_head. The unembedding is used without its layer, so an adapter on it would be silent: "
+            "leave lm_head out.",
+        )
+    tensor = mesh.shape["tensor"]
+    return Facts(
+        policy=policy,
+        reference=reference,
+        reference_on_base=pairing.kind in (BASE, ADAPTER),
+        shared_head=pairing.kind in (BASE, ADAPTER),
+        compute_dtype=compute_dtype,
+        remat=remat,
+        attention=attention,
+        row_shards=row_shards(mesh),
+        vocabulary_shards=tensor if policy.vocab_size % tensor == 0 else 1,
+        dropout=dropout and policy.lora is not None and policy.lora.dropout > 0,
+    )
+
+
+def place(leaves: dict[str, Any], mesh: Mesh, dtype: str) -> Tree:
+    """Parameters onto the mesh, shard by shard from where they lie; norm weights stay float32."""
+    places = flatten(shardings(unflatten(leaves), mesh))
+    tree = {}
+    for path, leaf in leaves.items():
+        kind = jnp.dtype("float32" if path.endswith("norm.weight") else dtype)
+        tree[path] = from_reader(tuple(leaf.shape), kind, leaf.read, places[path])
+    return unflatten(tree)
+
+
+def trained_leaves(policy: Policy) -> dict[str, Any]:
+    """What is trained: the adapter where there is one, else everything."""
+    adapter = {p: x for p, x in policy.leaves.items() if is_adapter(p)}
+    return adapter or dict(policy.leaves)
+
+
+def frozen_of(pairing: Pairing, params: Tree, mesh: Mesh, compute_dtype: str) -> Frozen:
+    """What the step holds beside the trained parameters, in the compute dtype: that is how it is used, and half the memory.
+
+    `params` are the trained parameters at the start; a reference that is their copy is made on the devices.
+    """
+    policy = pairing.policy
+    base: Tree = {}
+    if policy.config.lora is not None:
+        base = place({p: x for p, x in policy.leaves.items() if not is_adapter(p)}, mesh, compute_dtype)
+    if pairing.kind == OTHER:
+        assert pairing.other is not None
+        return Frozen(base, place(pairing.other.leaves, mesh, compute_dtype))
+    if pairing.kind == BASE:
+        return Frozen(base, {})
+    copy = jax.jit(
+        # A true copy: the parameters themselves are donated to the first step.
+        lambda p: jax.tree.map(jnp.copy, cast_for_compute(p, jnp.dtype(compute_dtype))),
+        out_shardings=shardings(params, mesh),
+    )
+    return Frozen(base, copy(params))
+
+
+def parameter_count(config: ModelConfig) -> tuple[int, int]:
+    """(all parameters, trained parameters) of a model."""
+    import math
+
+    from jax_dpo.models.config import parameter_shapes
+
+    sizes = {path: math.prod(shape) for path, shape in parameter_shapes(config).items()}
+    total = sum(sizes.values())
+    return total, sum(n for path, n in sizes.items() if is_adapter(path)) or total

@@ -1,0 +1,132 @@
+"""What a run leaves in its directory: whether one is there already, reports, models, the verdict."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax_dpo.arrays import Tree, flatten
+from jax_dpo.data.check import write_drops
+from jax_dpo.errors import UserError
+from jax_dpo.policy import Policy, save_model
+from jax_dpo.report.card import model_card
+from jax_dpo.report.records import Record
+from jax_dpo.sharding.place import fetch
+from jax_dpo.trainer.datasets import PairSet
+
+# What a run writes; --overwrite_output_dir removes this and nothing else.
+OWN_FILES = ("run.jsonl", "verdict.json", "report.html", "dropped.jsonl")
+OWN_FOLDERS = ("best", "final", "tensorboard")
+
+
+def holds_run(output_dir: Path) -> bool:
+    return (output_dir / "run.jsonl").exists() or any(output_dir.glob("checkpoint-*/trainer_state.json"))
+
+
+def finished(output_dir: Path) -> bool:
+    return (output_dir / "verdict.json").exists()
+
+
+def refuse_second_run(output_dir: Path) -> None:
+    """Raises UserError for a directory that holds a run, with the ways out."""
+    if holds_run(output_dir):
+        raise UserError(
+            "output-dir-taken",
+            f"{output_dir} holds a run already. To go on with it: --resume_from_checkpoint true (or auto). To start over in its "
+            "place: --overwrite_output_dir. To keep it: another --output_dir.",
+        )
+
+
+def clear_run(output_dir: Path) -> None:
+    """Removes what a run of ours wrote, and leaves everything else alone."""
+    for name in OWN_FILES:
+        (output_dir / name).unlink(missing_ok=True)
+    for name in OWN_FOLDERS:
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    for state in output_dir.glob("checkpoint-*/trainer_state.json"):
+        shutil.rmtree(state.parent, ignore_errors=True)
+
+
+def make_output_dir(output_dir: Path) -> None:
+    """Raises UserError where the directory cannot be made or written to."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as e:
+        raise UserError(
+            "output-dir-unusable",
+            f"output_dir {output_dir} cannot be written to: {e.strerror}. Give a directory that can, with --output_dir.",
+        ) from e
+
+
+def write_dropped(output_dir: Path, sets: Mapping[str, PairSet]) -> None:
+    """dropped.jsonl: every row that was left out, of all sets; absent where there is none."""
+    drops = {name: s.data.drops for name, s in sets.items() if s.data.drops}
+    if drops:
+        write_drops(output_dir / "dropped.jsonl", drops)
+
+
+def export(
+    policy: Policy,
+    params: Tree,
+    out: Path,
+    *,
+    tokenizer_files: Mapping[str, bytes],
+    primary: bool,
+    dtype: str = "auto",
+    merge: bool = False,
+    records: list[Record] | None = None,
+    step: int | None = None,
+    replace: bool = True,
+) -> None:
+    """Writes trained parameters as a Hugging Face directory or a PEFT adapter, with a model card where there are records.
+
+    Every process calls it: the parameters are gathered from all; one writes.
+    """
+    arrays = flatten(params)
+    if not primary:
+        fetch(arrays)
+        return
+    from jax import process_count
+
+    whole = fetch(arrays) if process_count() > 1 else arrays
+    save_model(policy, out, dtype, merge=merge, arrays=whole, tokenizer_files=tokenizer_files, replace=replace)
+    if records:
+        (out / "README.md").write_text(model_card(records, str(policy.files.path), step=step), encoding="utf-8")
+
+
+def hf_trainer_state(
+    history: list[dict[str, Any]],
+    *,
+    step: int,
+    epoch: float,
+    best_step: int | None,
+    best_metric: float | None,
+    output_dir: Path,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """trainer_state.json with the keys of Hugging Face's trainers."""
+    return {
+        "best_global_step": best_step,
+        "best_metric": best_metric,
+        "best_model_checkpoint": str(output_dir / f"checkpoint-{best_step}") if best_step is not None else None,
+        "epoch": epoch,
+        "global_step": step,
+        "is_hyper_param_search": False,
+        "is_local_process_zero": True,
+        "is_world_process_zero": True,
+        "log_history": history,
+        "stateful_callbacks": {},
+        "trial_name": None,
+        "trial_params": None,
+        **facts,
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

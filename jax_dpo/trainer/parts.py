@@ -1,0 +1,406 @@
+"""The parts of the loop, out of a trainer's options; and where a run that was there before goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_dpo.config import DPOConfig
+from jax_dpo.errors import UserError
+from jax_dpo.report.html import write_report
+from jax_dpo.report.records import Record, RunLog, log_history, read_records
+from jax_dpo.report.terminal import Display
+from jax_dpo.report.writers import Writers, open_writers
+from jax_dpo.sharding.mesh import row_shards
+from jax_dpo.sharding.multihost import is_primary, wait_for_all
+from jax_dpo.train.checkpoint import Checkpoints
+from jax_dpo.train.control import ControlState
+from jax_dpo.train.evaluate import evaluate
+from jax_dpo.train.flops import matmul_rate, peak_of
+from jax_dpo.train.gates import Ranking
+from jax_dpo.train.loop import KLControl, Parts, Progress
+from jax_dpo.train.optimizer import schedule, warmup_of
+from jax_dpo.train.plan import Plan, interval, total_steps
+from jax_dpo.train.start_check import check_start
+from jax_dpo.train.state import Frozen, Knobs, TrainState
+from jax_dpo.trainer import outputs
+from jax_dpo.trainer.datasets import PairSet
+from jax_dpo.trainer.models import parameter_count
+
+if TYPE_CHECKING:
+    from jax_dpo.trainer.dpo import DPOTrainer
+
+# Share of the measured matmul rate that a step reaches, for the time that is announced before the first step.
+EXPECTED_EFFICIENCY = {"cpu": 0.55, "gpu": 0.35, "tpu": 0.35}
+
+
+def make_plan(config: DPOConfig, pairs: int) -> Plan:
+    """When the run does what, from TRL's options."""
+    from jax_dpo.sharding.mesh import mesh_shape
+
+    data, fsdp, _ = mesh_shape(jax.device_count(), config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps * data * fsdp
+    total = total_steps(pairs, micro, accumulation, config.max_steps, config.num_train_epochs)
+    epoch = total_steps(pairs, micro, accumulation, -1, 1.0)
+    logging = interval(config.logging_steps, total, 10)
+
+    def every(strategy: str, steps: float | None, default: int) -> int:
+        return {"no": 0, "epoch": epoch}.get(strategy, interval(steps, total, default))
+
+    return Plan(
+        pairs=pairs,
+        micro_batch=micro,
+        accumulation=accumulation,
+        total=total,
+        logging_steps=logging,
+        eval_steps=every(config.eval_strategy, config.eval_steps, logging),
+        save_steps=every(config.save_strategy, config.save_steps, 500),
+        logging_first_step=config.logging_first_step,
+        eval_on_start=config.eval_on_start and config.eval_strategy != "no",
+    )
+
+
+def plan_warnings(plan: Plan, config: DPOConfig) -> list[str]:
+    """What is odd about steps and epochs."""
+    found = []
+    warmup = warmup_of(config.warmup_steps, plan.total)
+    if warmup >= plan.total and config.lr_scheduler_type != "constant":
+        peak = config.learning_rate * (plan.total - 1) / max(warmup, 1)
+        found.append(
+            f"warm-up ({warmup} steps) outlasts the run ({plan.total} steps): the rate reaches {peak:.2g} of "
+            f"{config.learning_rate:g}. Set warmup_steps to about {max(1, plan.total // 10)}."
+        )
+    by_epochs = total_steps(plan.pairs, plan.micro_batch, plan.accumulation, -1, config.num_train_epochs)
+    if config.max_steps > 2 * by_epochs:
+        epochs = config.max_steps * plan.pairs_per_step / plan.pairs
+        found.append(
+            f"max_steps {config.max_steps} is {epochs:.1f} epochs of {plan.pairs} pairs, more than twice the {by_epochs} steps of "
+            f"num_train_epochs {config.num_train_epochs:g} (max_steps wins). Set max_steps to -1 to train by epochs."
+        )
+    return found
+
+
+def _schedule_options(config: DPOConfig) -> dict[str, Any]:
+    """`lr_scheduler_kwargs` as the schedules take them: ends as shares of the rate."""
+    options = dict(config.lr_scheduler_kwargs or {})
+    rate = config.learning_rate or 1.0
+    if config.lr_scheduler_type == "polynomial":
+        options["end"] = options.pop("lr_end", 1e-7) / rate
+    if config.lr_scheduler_type == "cosine_with_min_lr" and "min_lr" in options:
+        options["min_lr_rate"] = options.pop("min_lr") / rate
+    return options
+
+
+def ranking_of(config: DPOConfig, sets: Mapping[str | None, PairSet]) -> Ranking:
+    """How checkpoints are compared; `metric_for_best_model` is checked before anything is loaded.
+
+    Raises:
+      UserError: a metric that evaluations do not have, with the nearest name; with several sets, one that names none of them.
+    """
+    import difflib
+
+    from jax_dpo.train.metrics import Sums, named
+
+    names = list(named(dict.fromkeys(Sums._fields, 0.0)))
+    metric = config.metric_for_best_model
+    named_sets = [n for n in sets if n is not None]
+    which = named_sets[0] if named_sets else None
+    if metric is not None and sets:
+        bare = metric.removeprefix("eval_")
+        if named_sets:
+            found = [n for n in named_sets if bare.startswith(n + "_")]
+            if not found:
+                raise UserError(
+                    "metric-for-best-model-unknown",
+                    f"metric_for_best_model {metric} names none of the evaluation sets {', '.join(named_sets)}. "
+                    f"Write for example {named_sets[0]}_{bare if bare in names else 'loss'}.",
+                )
+            which = max(found, key=len)
+            bare = bare.removeprefix(which + "_")
+        if bare not in names:
+            near = difflib.get_close_matches(bare, names, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(
+                "metric-for-best-model-unknown",
+                f"metric_for_best_model: an evaluation has no {metric}.{hint} It has: {', '.join(names)}.",
+            )
+        metric = bare
+    return Ranking(config.target_kl, metric, config.greater_is_better, which, config.beta)
+
+
+def fresh_progress(config: DPOConfig) -> Progress:
+    return Progress(ControlState.start(learning_rate=config.learning_rate, beta=config.beta, kl_coef=config.kl_coef))
+
+
+def assemble(trainer: DPOTrainer, log: RunLog, frozen: Frozen, *, primary: bool) -> Parts:
+    """Everything that the loop needs."""
+    config, engine, plan = trainer.args, trainer.engine, trainer.plan
+    assert plan is not None
+    out = Path(config.output_dir)
+    eval_sets = tuple(engine.held_out(name, data) for name, data in engine.eval_sets.items())
+    ranking = ranking_of(config, engine.eval_sets)
+    writers = Writers(log, open_writers(config.report_to, out, config.run_name) if primary else ())
+
+    def report() -> None:
+        if primary:
+            write_report(out)
+
+    def trainer_state(progress: Progress) -> dict[str, Any]:
+        best = progress.best_saved(ranking)
+        return outputs.hf_trainer_state(
+            log_history(log.records()),
+            step=progress.step,
+            epoch=plan.epoch(progress.position),
+            best_step=best,
+            best_metric=None if best is None else progress.scores[best],
+            output_dir=out,
+            facts={
+                "max_steps": plan.total,
+                "num_train_epochs": config.num_train_epochs,
+                "logging_steps": plan.logging_steps,
+                "eval_steps": plan.eval_steps,
+                "save_steps": plan.save_steps,
+                "train_batch_size": config.per_device_train_batch_size,
+                "num_input_tokens_seen": progress.num_tokens,
+                "total_flos": 0,
+            },
+        )
+
+    scored = float(np.mean(trainer.train_set.sizes.scored)) if trainer.train_set is not None else 1.0
+    check = None
+    if trainer.pairing.same_start and not engine.facts.dropout:
+
+        def check(found: dict[str, float]) -> None:
+            check_start(found, options=engine.options, beta=config.beta, tokens_per_pair=scored, dtype=engine.dtype)
+
+    peak = peak_of(jax.devices()[0].device_kind)
+    warmup = warmup_of(config.warmup_steps, plan.total)
+    factor = schedule(config.lr_scheduler_type, total=plan.total, warmup=warmup, options=_schedule_options(config))
+    return Parts(
+        plan=plan,
+        step=engine.step,
+        evaluator=engine.evaluator,
+        frozen=frozen,
+        fresh_state=engine.fresh_state,
+        batch_at=engine.batch_at,
+        to_devices=engine.to_devices,
+        eval_sets=eval_sets,
+        schedule=factor,
+        learning_rate=config.learning_rate,
+        key=jax.random.key(config.seed),
+        options=engine.options,
+        control=KLControl(config.target_kl, tuple(config.kl_actions), config.adaptive_beta, config.adaptive_beta_rate),
+        ranking=ranking,
+        checkpoints=Checkpoints(
+            out, save_total_limit=config.save_total_limit, primary=primary, say=lambda text: trainer.notes.append(text)
+        ),
+        writers=writers,
+        display=trainer.display,
+        trainer_state=trainer_state,
+        check_start=check,
+        notify=trainer._notify,
+        report=report,
+        flops=engine.flops,
+        peak_flops=None if peak is None else peak * jax.device_count(),
+    )
+
+
+def evaluation_metrics(
+    trainer: DPOTrainer, sets: Mapping[str | None, PairSet], state: TrainState, frozen: Frozen
+) -> dict[str, float]:
+    """All sets at the configured beta."""
+    engine, config = trainer.engine, trainer.args
+    knobs = Knobs(jnp.float32(0), jnp.float32(config.beta), jnp.float32(config.kl_coef))
+    found: dict[str, float] = {}
+    for name, data in sets.items():
+        held_out = engine.held_out(name, data)
+        found |= evaluate(engine.evaluator, held_out, state.params, frozen, knobs, engine.options)
+    return found
+
+
+def start_record(trainer: DPOTrainer) -> Record:
+    """The first record: what is trained on what, and for how long."""
+    from jax_dpo import __version__
+
+    config, engine, plan, policy = trainer.args, trainer.engine, trainer.plan, trainer.pairing.policy
+    assert plan is not None
+    total, trained = parameter_count(policy.config)
+    mesh, feed = engine.mesh, engine.feed
+    sets = trainer.named_sets()
+    held_out = {name: s.data.counts for name, s in sets.items() if name != "train"}
+    warnings = [
+        *config.warnings(adapter=policy.config.lora is not None, data_parallel=row_shards(mesh)),
+        *plan_warnings(plan, config),
+        *trainer.notes,
+        *(w for s in sets.values() for w in s.data.warnings),
+    ]
+    fill = _expected_fill(trainer)
+    return {
+        "kind": "start",
+        "step": 0,
+        "version": __version__,
+        "options": config.to_dict(),
+        "changed": config.changed(),
+        "run": trainer._options(),
+        "model": {
+            "name": str(policy.files.path),
+            "family": policy.config.model_type,
+            "parameters": total,
+            "trainable_parameters": trained,
+            "dtype": policy.files.dtype,
+            "compute_dtype": engine.dtype,
+        },
+        "reference": trainer.pairing.sentence,
+        "data": {"train": sets["train"].data.counts, "eval": held_out},
+        "devices": {
+            "platform": jax.default_backend(),
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "mesh": dict(mesh.shape),
+            "hosts": jax.process_count(),
+        },
+        "plan": {
+            "steps": plan.total,
+            "epochs": plan.epoch(plan.after(plan.total)),
+            "pairs_per_step": plan.pairs_per_step,
+            "warmup_steps": warmup_of(config.warmup_steps, plan.total),
+            "row_tokens": feed.shape.row_tokens,
+            "rows": feed.rows,
+            "row_fill": fill,
+            "seconds": _expected_seconds(trainer),
+            "warnings": warnings,
+        },
+    }
+
+
+def _sampled(trainer: DPOTrainer, most: int) -> list[Any]:
+    plan = trainer.plan
+    assert plan is not None
+    at = np.unique(np.linspace(0, plan.total - 1, min(most, plan.total)).astype(int))
+    return [trainer.engine.batch_at(plan.after(int(k))) for k in at]
+
+
+def _expected_fill(trainer: DPOTrainer) -> float:
+    return float(np.mean([b.fill for b in _sampled(trainer, 8)]))
+
+
+def _expected_seconds(trainer: DPOTrainer) -> float:
+    """Steps and evaluations at a share of the matmul rate that this device shows now."""
+    engine, plan = trainer.engine, trainer.plan
+    assert plan is not None
+    platform = jax.default_backend()
+    rate = peak_of(jax.devices()[0].device_kind) or matmul_rate()
+    batches = _sampled(trainer, 8)
+    step = float(np.mean([engine.flops(b) for b in batches]))
+    pair = step / float(np.mean([len(b.pairs) for b in batches]))
+    evaluations = (plan.total // plan.eval_steps + plan.eval_on_start) if plan.eval_steps else 0
+    held_out = sum(len(s) for s in engine.eval_sets.values())
+    work = step * plan.total + 0.5 * pair * held_out * evaluations
+    devices = jax.device_count() if platform != "cpu" else 1
+    return work / (rate * devices * EXPECTED_EFFICIENCY.get(platform, 0.35)) + 10.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at a checkpoint's step, at the beginning (None), or not at all, since it is finished."""
+
+    step: int | None = None
+    path: Path | None = None
+    finished: bool = False
+
+    def restore(self, parts: Parts, abstract: TrainState) -> tuple[TrainState, Progress]:
+        """State and progress of the checkpoint; what the log says of later steps is taken back."""
+        assert self.step is not None
+        where = self.path if self.path is not None else self.step
+        state, meta = parts.checkpoints.restore(where, abstract)
+        progress = Progress.from_meta(meta)
+        if self.path is None or self.path.parent == parts.checkpoints.output_dir:
+            parts.writers.log.truncate_after(self.step)
+        record = parts.writers.write({"kind": "resume", "step": self.step, "from": f"checkpoint-{self.step}"})
+        parts.display.write(record)
+        return state, progress
+
+
+def resume_step(
+    out: Path, wanted: bool | str | Path | None, config: DPOConfig, run: Mapping[str, Any], display: Display
+) -> Start:
+    """Decides where the run begins, and makes the output directory ready for it.
+
+    Raises:
+      UserError: a run is there and nothing says what to do with it; nothing to resume from; a damaged checkpoint.
+    """
+    start = _decide(out, wanted, config, run) if is_primary() else Start()
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        told = np.array([-1 if start.step is None else start.step, int(start.finished)])
+        step, finished = multihost_utils.broadcast_one_to_all(told).tolist()
+        start = Start(None if step < 0 else step, start.path, bool(finished))
+        wait_for_all("output directory ready")
+    return start
+
+
+def _decide(out: Path, wanted: bool | str | Path | None, config: DPOConfig, run: Mapping[str, Any]) -> Start:
+    if config.overwrite_output_dir:
+        outputs.clear_run(out)
+    if wanted is None or wanted is False:
+        outputs.refuse_second_run(out)
+        outputs.make_output_dir(out)
+        return Start()
+    if wanted not in (True, "auto"):
+        path = Path(str(wanted))
+        outputs.make_output_dir(out)
+        with Checkpoints(path.parent, save_total_limit=None) as checkpoints:
+            meta = checkpoints.read_meta(path)
+        return Start(int(meta["step"]), path.absolute())
+    if wanted == "auto" and outputs.holds_run(out):
+        changed = _differences(out, run)
+        if changed:
+            raise UserError(
+                "output-dir-other-run",
+                f"{out} holds a run of other options: {'; '.join(changed)}. To go on with these options all the same: "
+                "--resume_from_checkpoint true. To start over: --overwrite_output_dir. To keep it: another --output_dir.",
+            )
+        if outputs.finished(out):
+            return Start(finished=True)
+    outputs.make_output_dir(out)
+    with Checkpoints(out, save_total_limit=None) as checkpoints:
+        found = checkpoints.latest_good()
+    if found.step is not None:
+        return Start(found.step)
+    if wanted is True:
+        why = " ".join(found.skipped) or "It has no complete checkpoint."
+        raise UserError(
+            "nothing-to-resume",
+            f"resume_from_checkpoint is true, but there is nothing to go on from in {out}. {why} "
+            "Leave it out to start, or write auto to start where there is nothing.",
+        )
+    outputs.clear_run(out)  # a run that was stopped before its first checkpoint starts over
+    return Start()
+
+
+def _differences(out: Path, run: Mapping[str, Any]) -> list[str]:
+    """How a run that is there differs from this one, option by option; where it lies does not count."""
+    if not (out / "run.jsonl").exists():
+        return []
+    start = next((r for r in read_records(out / "run.jsonl") if r["kind"] == "start"), None)
+    if start is None or "run" not in start:
+        return []
+    from jax_dpo.report.records import json_ready
+
+    now, then = json_ready(run), start["run"]
+    ignored = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "report_to", "compile_cache_dir"}
+    ignored |= {"dataset_cache_dir", "coordinator_address", "num_processes", "process_id"}
+    names = {*now["options"], *then["options"]} - ignored
+    found = [
+        f"{name} {then['options'].get(name)} there, {now['options'].get(name)} now"
+        for name in sorted(names)
+        if now["options"].get(name) != then["options"].get(name)
+    ]
+    return found + [f"another {key}" for key in ("model", "reference", "data") if now[key] != then[key]]

@@ -1,0 +1,73 @@
+"""Held-out prompts answered by the reference and by the policy, side by side."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_dpo.arrays import overlay
+from jax_dpo.models.config import ModelConfig
+from jax_dpo.models.decoder import cast_for_compute
+from jax_dpo.models.generate import generate
+from jax_dpo.policy import Policy
+from jax_dpo.sharding.mesh import replicated
+from jax_dpo.train.state import Frozen, TrainState
+
+if TYPE_CHECKING:
+    from jax_dpo.trainer.dpo import DPOTrainer
+
+NEW_TOKENS = 64
+TEMPERATURE, TOP_P = 0.7, 0.95
+
+
+def stop_ids_of(policy: Policy, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and those of generation_config.json and config.json."""
+    files = policy.files
+    found = [tokenizer.eos_token_id]
+    for source in (files.hf_config, json.loads(files.generation_config or b"{}")):
+        given = source.get("eos_token_id")
+        found += given if isinstance(given, list) else [given]
+    return sorted({i for i in found if isinstance(i, int) and i >= 0})
+
+
+def _answers(trainer: DPOTrainer, config: ModelConfig, params: Any, prompts: list[list[int]]) -> list[str]:
+    tokenizer = trainer.tokenizer.loaded
+    ids = generate(
+        config,
+        jax.device_put(params, replicated(trainer.engine.mesh)),
+        prompts,
+        max_new_tokens=NEW_TOKENS,
+        stop_ids=stop_ids_of(trainer.pairing.policy, tokenizer),
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        seed=trainer.args.seed,
+    )
+    return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in ids]
+
+
+def answer_samples(trainer: DPOTrainer, state: TrainState, frozen: Frozen, step: int) -> dict[str, Any]:
+    """A `samples` record: the first held-out prompts (or those of training, where nothing is held out), the same seed for both."""
+    trainer.display.busy("answering sample prompts")
+    sets = list(trainer.eval_sets.values()) or ([trainer.train_set] if trainer.train_set is not None else [])
+    pairs, wanted = sets[0].pairs, trainer.args.generate_samples
+    distinct: dict[tuple[int, ...], None] = {}
+    for i in range(len(pairs)):
+        prompt = tuple(int(t) for t in pairs.tree(i).chosen_prompt)
+        if prompt:
+            distinct[prompt] = None
+        if len(distinct) == wanted:
+            break
+    prompts = [list(p) for p in distinct]
+    facts, dtype = trainer.engine.facts, jnp.dtype(trainer.engine.dtype)
+    policy = overlay(frozen.base, cast_for_compute(state.params, dtype))
+    reference = overlay(frozen.base, frozen.reference) if facts.reference_on_base else frozen.reference
+    before = _answers(trainer, facts.reference, reference, prompts)
+    after = _answers(trainer, facts.policy, policy, prompts)
+    tokenizer = trainer.tokenizer.loaded
+    shown = [tokenizer.decode(p, skip_special_tokens=True).strip() for p in prompts]
+    samples = [{"prompt": p, "reference": b, "policy": a} for p, b, a in zip(shown, before, after)]
+    title = f"answers sampled at temperature {TEMPERATURE}, top-p {TOP_P}, the same seed for both"
+    return {"kind": "samples", "step": step, "title": title, "samples": samples}

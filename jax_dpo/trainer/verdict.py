@@ -1,0 +1,78 @@
+"""The end of a run: models written, samples answered, gates judged, reports made."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jax_dpo.sharding.multihost import wait_for_all
+from jax_dpo.train.gates import Facts, judge, write_verdict
+from jax_dpo.train.loop import Loop
+from jax_dpo.train.optimizer import warmup_of
+from jax_dpo.train.state import TrainState
+from jax_dpo.trainer import outputs
+from jax_dpo.trainer.samples import answer_samples
+
+if TYPE_CHECKING:
+    from jax_dpo.trainer.dpo import DPOTrainer
+
+
+def conclude(trainer: DPOTrainer, loop: Loop, *, primary: bool) -> int:
+    """Writes `final/`, `best/`, verdict.json and report.html; returns the exit code of the verdict."""
+    parts, progress, config = loop.parts, loop.progress, trainer.args
+    out = Path(config.output_dir)
+    if config.generate_samples > 0:
+        record = answer_samples(trainer, loop.state, parts.frozen, progress.step)
+        parts.display.write(parts.writers.write(record))
+    best = progress.best_saved(parts.ranking)
+    files = trainer.tokenizer.files
+    records = parts.writers.log.records()
+    export: dict[str, Any] = {"tokenizer_files": files, "primary": primary, "records": records}
+    if config.save_strategy != "no":
+        parts.display.busy("writing the model")
+        outputs.export(trainer.pairing.policy, loop.state.params, out / "final", **export)
+        if best is not None:
+            params = loop.state.params if best == progress.step else _restored(loop, best).params
+            outputs.export(trainer.pairing.policy, params, out / "best", step=best, **export)
+            if config.load_best_model_at_end and best != progress.step:
+                loop.state = _restored(loop, best)
+    wait_for_all("models written")
+    named = None if best is None else {"step": best, "path": f"checkpoint-{best}", "score": progress.scores[best]}
+    plan = parts.plan
+    verdict = judge(
+        records,
+        completed=progress.step >= plan.total,
+        target_kl=config.target_kl,
+        best=named,
+        final_step=progress.step,
+        set_name=parts.ranking.set,
+        facts=Facts(
+            done=progress.step,
+            planned=plan.total,
+            warmup_steps=warmup_of(config.warmup_steps, plan.total),
+            all_rates_zero=not progress.moved,
+            learning_rate=config.learning_rate,
+            beta=config.beta,
+        ),
+    )
+    parts.display.write(parts.writers.write({"kind": "verdict", "step": progress.step, **verdict.to_dict()}))
+    seconds = time.time() - trainer.began
+    parts.display.write(parts.writers.write(_end(records, progress.step, seconds)))
+    if primary:
+        write_verdict(out / "verdict.json", verdict)
+        parts.report()
+    return verdict.exit_code
+
+
+def _end(records: list[dict[str, Any]], step: int, seconds: float) -> dict[str, Any]:
+    losses = [r["loss"] for r in records if r["kind"] == "train" and r.get("loss") is not None]
+    mean = {"train_loss": sum(losses) / len(losses)} if losses else {}
+    return {"kind": "end", "step": step, "reason": "done", "seconds": seconds, **mean}
+
+
+def _restored(loop: Loop, step: int) -> TrainState:
+    import jax
+
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), loop.state)
+    return loop.parts.checkpoints.restore(step, abstract)[0]

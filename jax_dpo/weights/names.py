@@ -1,0 +1,42 @@
+"""Dotted paths of the parameter tree and Hugging Face's tensor names.
+
+The tree stacks all layers: `model.layers.self_attn.q_proj.weight` [L, out, in] stands for the tensors
+`model.layers.0.self_attn.q_proj.weight`, `model.layers.1...`. Everything else has the same name in both.
+"""
+
+from __future__ import annotations
+
+LAYERS = "model.layers."
+PEFT_PREFIX = "base_model.model."
+
+
+def is_stacked(path: str) -> bool:
+    """Whether the leaf at this path has a leading layer axis."""
+    return path.startswith(LAYERS)
+
+
+def tensor_names(path: str, num_layers: int) -> list[str]:
+    """Hugging Face's names of one leaf: one per layer, or a single one outside the layers."""
+    if not is_stacked(path):
+        return [path]
+    rest = path[len(LAYERS) :]
+    return [f"{LAYERS}{i}.{rest}" for i in range(num_layers)]
+
+
+def tree_path(name: str) -> tuple[str, int | None]:
+    """The path of a Hugging Face name, and its layer (None outside the layers)."""
+    if name.startswith(LAYERS):
+        number, _, rest = name[len(LAYERS) :].partition(".")
+        if number.isdigit() and rest:
+            return LAYERS + rest, int(number)
+    return name, None
+
+
+def peft_names(path: str, num_layers: int) -> list[str]:
+    """PEFT's names of an adapter leaf, one per layer.
+
+    `model.layers.self_attn.q_proj.lora_a` is `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` and so on.
+    """
+    stem, _, which = path.rpartition(".")
+    letter = {"lora_a": "lora_A", "lora_b": "lora_B"}[which]
+    return [f"{PEFT_PREFIX}{name}.{letter}.weight" for name in tensor_names(stem, num_layers)]

@@ -1,0 +1,1 @@
+"""Benchmarks: the workload, and the comparison with TRL on it."""

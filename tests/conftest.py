@@ -1,0 +1,20 @@
+"""What every test needs before JAX is imported: CPU only, eight virtual devices, no network, one compile cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_COMPILE_CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
+_DEVICES = "--xla_force_host_platform_device_count"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_X64"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+# Processes that a test starts inherit the cache, so that no program is compiled twice in a session.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_COMPILE_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")

@@ -1,0 +1,415 @@
+"""DPOConfig and ScriptArguments in Python. Oracle of the defaults: TRL 1.16 (read from its sources, copied below as facts)."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jax_dpo.config import DPOConfig, ScriptArguments
+from jax_dpo.config.advice import ADVICE, PYTHON_ADVICE, VALUE_ADVICE
+from jax_dpo.config.rules import DROP_REASONS, KL_ACTIONS, LOSS_TYPES, SCHEDULERS
+from jax_dpo.data import check
+from jax_dpo.errors import UserError
+from jax_dpo.loss.family import FAMILIES
+from jax_dpo.train import control
+from jax_dpo.train.optimizer import SCHEDULES
+
+TRL_DEFAULTS: dict[str, Any] = {
+    # TRL's own
+    "learning_rate": 1e-6,
+    "logging_steps": 10,
+    "gradient_checkpointing": True,
+    "bf16": None,
+    "disable_dropout": True,
+    "max_length": 1024,
+    "truncation_mode": "keep_start",
+    "loss_type": ["sigmoid"],
+    "loss_weights": None,
+    "ld_alpha": None,
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5,
+    "label_smoothing": 0.0,
+    "beta": 0.1,
+    "use_weighting": False,
+    "discopop_tau": 0.05,
+    # transformers' training arguments
+    "output_dir": "trainer_output",
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "num_train_epochs": 3.0,
+    "max_steps": -1,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler_type": "linear",
+    "lr_scheduler_kwargs": None,
+    "warmup_steps": 0,
+    "optim": "adamw_torch_fused",
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "fp16": False,
+    "logging_first_step": False,
+    "report_to": "none",
+    "run_name": None,
+    "eval_strategy": "no",
+    "eval_steps": None,
+    "eval_on_start": False,
+    "save_strategy": "steps",
+    "save_steps": 500,
+    "save_total_limit": None,
+    "load_best_model_at_end": False,
+    "metric_for_best_model": None,
+    "greater_is_better": None,
+    "seed": 42,
+    "data_seed": None,
+    "train_sampling_strategy": "random",
+    "resume_from_checkpoint": None,
+}
+OWN_DEFAULTS: dict[str, Any] = {
+    "target_kl": 0.1,
+    "kl_coef": 0.0,
+    "kl_reduction": "token",
+    "kl_actions": [],
+    "adaptive_beta": False,
+    "adaptive_beta_rate": 0.1,
+    "drop_rows": ["invalid"],
+    "min_score_gap": 0.15,
+    "max_prompt_length": None,
+    "share_prompt": True,
+    "micro_batch_tokens": None,
+    "mesh_data": 1,
+    "mesh_fsdp": -1,
+    "mesh_tensor": 1,
+    "compile_cache_dir": None,
+    "dataset_cache_dir": None,
+    "overwrite_output_dir": False,
+    "coordinator_address": None,
+    "num_processes": None,
+    "process_id": None,
+    "generate_samples": 0,
+}
+SCRIPT_DEFAULTS: dict[str, Any] = {
+    "model_name_or_path": "",
+    "model_revision": "main",
+    "ref_model_name_or_path": None,
+    "tokenizer_name_or_path": None,
+    "dataset_name": "",
+    "dataset_config": None,
+    "dataset_train_split": "train",
+    "dataset_test_split": "test",
+    "eval_dataset": None,
+    "test_split_size": None,
+    "use_peft": False,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "lora_target_modules": None,
+    "use_rslora": False,
+}
+
+
+def refused(**options: Any) -> UserError:
+    with pytest.raises(UserError) as caught:
+        DPOConfig(**options)
+    return caught.value
+
+
+class Interval(enum.StrEnum):
+    STEPS = "steps"
+
+
+def test_the_defaults_are_trls_and_every_option_is_in_one_of_the_tables() -> None:
+    assert DPOConfig().to_dict() == TRL_DEFAULTS | OWN_DEFAULTS
+    assert ScriptArguments().to_dict() == SCRIPT_DEFAULTS
+
+
+def test_every_option_is_documented() -> None:
+    for cls in (DPOConfig, ScriptArguments):
+        for item in dataclasses.fields(cls):
+            assert item.metadata["help"].endswith((".", "'")), item.name
+            assert item.metadata["group"], item.name
+
+
+def test_the_configuration_is_a_frozen_dataclass_that_takes_output_dir_first() -> None:
+    config = DPOConfig("here", beta=0.2)
+    assert (config.output_dir, config.beta) == ("here", 0.2)
+    assert dataclasses.replace(config, beta=0.3).beta == 0.3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.beta = 0.4  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        DPOConfig("here", "there")  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        DPOConfig("here", output_dir="there")  # type: ignore[misc]
+    with pytest.raises(UserError):
+        dataclasses.replace(config, beta=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "value"),
+    [
+        ("learning_rate", "1e-6", 1e-6),
+        ("learning_rate", 1, 1.0),
+        ("max_steps", "1e3", 1000),
+        ("max_steps", 20.0, 20),
+        ("warmup_steps", "0.1", 0.1),
+        ("warmup_steps", "100", 100),
+        ("warmup_steps", 100.0, 100),
+        ("warmup_steps", 0.0, 0.0),
+        ("bf16", "true", True),
+        ("bf16", "No", False),
+        ("bf16", None, None),
+        ("max_length", None, None),
+        ("max_length", "none", None),
+        ("max_length", "null", None),
+        ("eval_steps", 0.25, 0.25),
+        ("eval_strategy", False, "no"),
+        ("eval_strategy", Interval.STEPS, "steps"),
+        ("save_strategy", "epoch", "epoch"),
+        ("report_to", False, "none"),
+        ("report_to", None, "none"),
+        ("report_to", [], "none"),
+        ("report_to", ["none"], "none"),
+        ("report_to", ["tensorboard"], ["tensorboard"]),
+        ("report_to", "tensorboard", "tensorboard"),
+        ("loss_type", "ipo", ["ipo"]),
+        ("loss_type", ("sigmoid", "sft"), ["sigmoid", "sft"]),
+        ("loss_type", '["sigmoid", "sft"]', ["sigmoid", "sft"]),
+        ("kl_actions", None, []),
+        ("kl_actions", "rollback", ["rollback"]),
+        ("lr_scheduler_kwargs", None, None),
+        ("run_name", 2024, "2024"),
+        ("output_dir", Path("a") / "b", "a/b"),
+        ("resume_from_checkpoint", True, True),
+        ("resume_from_checkpoint", "true", True),
+        ("resume_from_checkpoint", False, None),
+        ("resume_from_checkpoint", "auto", "auto"),
+        ("resume_from_checkpoint", "run/checkpoint-5", "run/checkpoint-5"),
+        ("max_grad_norm", 1e9, 1e9),
+        ("max_steps", 0, 0),
+    ],
+)
+def test_a_value_is_read_whether_python_yaml_or_a_text_gives_it(option: str, given: Any, value: Any) -> None:
+    found = getattr(DPOConfig(**{option: given}), option)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_mapping_may_be_json() -> None:
+    config = DPOConfig(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs='{"min_lr_rate": 0.1}')
+    assert config.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+@pytest.mark.parametrize("loss", LOSS_TYPES)
+def test_each_loss_is_taken(loss: str) -> None:
+    assert DPOConfig(loss_type=loss, label_smoothing=0.001 if loss == "exo_pair" else 0.0).loss_type == [loss]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"learning_rate": -1e-6}, "learning_rate: found -1e-06, expected a number of at least 0"),
+        ({"learning_rate": "fast"}, 'found "fast", expected a number'),
+        ({"learning_rate": float("nan")}, "expected a number"),
+        ({"learning_rate": True}, "found true, expected a number"),
+        ({"beta": 0}, "beta: found 0.0, expected a number above 0"),
+        ({"max_steps": -2}, "max_steps: found -2"),
+        ({"max_steps": 1.5}, "expected a whole number"),
+        ({"max_steps": False}, "found false, expected a whole number"),
+        ({"bf16": 1}, "found 1, expected true or false or null"),
+        ({"bf16": "maybe"}, "expected true or false"),
+        ({"per_device_train_batch_size": 0}, "at least 1"),
+        ({"warmup_steps": 1.5}, "a share of all steps between 0 and 1"),
+        ({"warmup_steps": -1}, "a share of all steps between 0 and 1"),
+        ({"logging_steps": 0}, "a whole number of steps"),
+        ({"adam_beta1": 1.0}, "[0, 1)"),
+        ({"seed": -1}, "seed: found -1"),
+        ({"max_length": 0}, "at least 1"),
+        ({"truncation_mode": "keep_stat"}, "expected one of keep_start, keep_end; did you mean keep_start?"),
+        ({"loss_type": "sigmiod"}, "did you mean sigmoid?"),
+        ({"loss_type": ["sigmoid", "kto_pair"]}, "bco_pair"),
+        ({"loss_type": []}, "at least one loss"),
+        ({"loss_type": {"sigmoid": 1}}, "expected a list of names"),
+        ({"lr_scheduler_kwargs": "{broken"}, "expected a mapping (JSON)"),
+        ({"fp16": True}, "write bf16: true"),
+        ({"optim": "adamw_8bit"}, "write adamw_torch"),
+        ({"save_strategy": "best"}, "output_dir/best"),
+        ({"kl_actions": ["halve_rl", "rolback"]}, "did you mean rollback?"),
+        ({"kl_actions": ["halve_rl"]}, "did you mean halve_lr?"),
+        ({"kl_actions": ["rollback", "rollback"]}, "rollback more than once"),
+        ({"drop_rows": "everything"}, "invalid, empty, identical, duplicate, small_gap"),
+        ({"adaptive_beta_rate": 1.0}, "(0, 1)"),
+        ({"target_kl": 0}, "above 0"),
+        ({"output_dir": " "}, "expected a directory"),
+        ({"output_dir": None}, "found null, expected text"),
+        ({"report_to": "tensorbord"}, "did you mean tensorboard?"),
+        ({"report_to": ["none", "wandb"]}, "none beside others"),
+        # between options
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "found 1 weights for 2 losses"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "less than 0.5"),
+        ({"loss_type": "exo_pair"}, "label_smoothing: found 0.0, expected more than 0"),
+        (
+            {"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "forward_kl"},
+            "reverse_kl with loss_type nca_pair",
+        ),
+        ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, "false with loss_type sft"),
+        ({"loss_type": "aot"}, "not in this version"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 1}}, "linear takes no options"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 1}}, "did you mean num_cycles?"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "x"}}, 'num_cycles: found "x"'),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "either min_lr or min_lr_rate"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "expected num_decay_steps"),
+        ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}, "not below learning_rate"),
+        ({"load_best_model_at_end": True}, "found no and steps"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4, "save_steps": 6},
+            "multiple of eval_steps; found 6 and 4",
+        ),
+        ({"mesh_data": -1}, "only one of"),
+        ({"process_id": 0}, "go together"),
+        ({"coordinator_address": "host", "num_processes": 2, "process_id": 0}, "ADDRESS:PORT"),
+        (
+            {"coordinator_address": "host:1", "num_processes": 2, "process_id": 2},
+            "process_id 2 is not below num_processes 2",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
+    error = refused(**options)
+    assert error.name == "invalid-option"
+    assert words in error.message
+    assert error.message.startswith("option ")  # one fault, one line
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "robust", "label_smoothing": 0.49},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.5]},
+        {"loss_type": "ipo", "f_divergence_type": "js_divergence"},
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 50, "save_steps": 100},
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 0.1, "save_steps": 0.2},
+        {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "logging_steps": 10, "save_steps": 20},
+        {"mesh_fsdp": 2, "mesh_data": -1},
+        {"coordinator_address": "host:8476", "num_processes": 2, "process_id": 1},
+        {
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 5, "decay_type": "1-sqrt"},
+        },
+        {"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": None}},
+        {"learning_rate": 1.0, "adam_epsilon": 10, "max_grad_norm": 1e9, "save_strategy": "no"},
+        {"max_steps": 0},
+    ],
+)
+def test_what_is_only_unusual_is_taken(options: dict[str, Any]) -> None:
+    config = DPOConfig(**options)
+    assert options.keys() <= config.changed().keys() | {"logging_steps"}
+
+
+def test_the_names_known_here_are_those_that_exist_below() -> None:
+    assert set(LOSS_TYPES) == {*FAMILIES, "sft"}  # sft is no loss of single pairs: the step adds it
+    assert set(SCHEDULERS) == set(SCHEDULES)
+    assert set(KL_ACTIONS) == set(control.KL_ACTIONS)
+    assert set(DROP_REASONS) == set(check.DROP_REASONS)
+
+
+def test_all_faults_are_told_at_once() -> None:
+    error = refused(beta=-1, lerning_rate=1, warmup_ratio=0.1, loss_type="sigmoit", max_steps="x", mesh_data=-1)
+    lines = error.message.splitlines()
+    assert lines[0] == "6 options cannot be used:"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [
+        "lerning_rate",
+        "warmup_ratio",
+        "max_steps",
+        "loss_type",
+        "beta",
+        "mesh_fsdp",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lerning_rate", "did you mean learning_rate?"),
+        ("evaluation_strategy", "write eval_strategy"),
+        ("rpo_alpha", "loss_type: [sigmoid, sft]"),
+        ("model_name_or_path", "DPOTrainer(model=...)"),
+        ("use_peft", "peft_config=LoraConfig("),
+        ("qqq", "--help lists all options"),
+    ],
+)
+def test_an_unknown_name_is_answered(name: str, words: str) -> None:
+    error = refused(**{name: 1})
+    assert error.name == "unknown-option"
+    assert words in error.message
+
+
+def test_no_advice_is_given_on_what_exists() -> None:
+    options = {item.name for item in dataclasses.fields(DPOConfig)}
+    script = {item.name for item in dataclasses.fields(ScriptArguments)}
+    assert not ADVICE.keys() & (options | script)
+    assert not PYTHON_ADVICE.keys() & options
+    assert script <= PYTHON_ADVICE.keys()
+    for option, value in VALUE_ADVICE:
+        choices = {item.name: item.metadata["choices"] for item in dataclasses.fields(DPOConfig)}[option]
+        assert value not in choices, (option, value)
+
+
+def test_advice_names_options_that_exist() -> None:
+    options = {item.name for cls in (DPOConfig, ScriptArguments) for item in dataclasses.fields(cls)}
+    for name, text in ADVICE.items():
+        for word in text.replace(":", " ").replace(",", " ").replace(";", " ").split("write ")[1:]:
+            assert word.split()[0] in options | {"the", "--config"}, (name, text)
+
+
+def test_dictionaries_go_in_and_out() -> None:
+    config = DPOConfig(beta=0.2, loss_type="ipo")
+    assert config.changed() == {"beta": 0.2, "loss_type": ["ipo"]}
+    assert DPOConfig.from_dict(config.to_dict()) == config
+    config.to_dict()["loss_type"].append("sft")
+    assert config.loss_type == ["ipo"]
+    DPOConfig().kl_actions.append("rollback")
+    assert DPOConfig().kl_actions == []
+    config.validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"learning_rate": 1e-5}, "outside 1e-7 to 5e-6"),
+        ({"learning_rate": 0}, "nothing will be learned"),
+        ({"beta": 0.5}, "outside 0.05 to 0.3"),
+        ({"per_device_train_batch_size": 1}, "1 pair a step is few"),
+        ({"adam_epsilon": 10}, "is large"),
+        ({"max_grad_norm": 0}, "does not clip"),
+        ({"save_strategy": "no"}, "starts over"),
+        ({"label_smoothing": 0.1}, "no effect with loss_type sigmoid"),
+        ({"kl_actions": ["rollback"]}, "eval_strategy is no"),
+        ({"max_prompt_length": 1024}, "no room for an answer"),
+        ({"max_steps": 0}, "num_train_epochs decides"),
+    ],
+)
+def test_unusual_values_warn(options: dict[str, Any], words: str) -> None:
+    (warning,) = DPOConfig(**options).warnings()
+    assert words in warning
+
+
+def test_warnings_know_the_adapter_and_the_devices() -> None:
+    assert DPOConfig().warnings() == []
+    assert DPOConfig(learning_rate=1e-5).warnings(adapter=True) == []
+    assert DPOConfig(per_device_train_batch_size=1).warnings(data_parallel=8) == []
+    assert "lora_r without use_peft" in ScriptArguments(lora_r=8).warnings()[0]
+    assert ScriptArguments(lora_r=8, use_peft=True).warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [("q_proj", ["q_proj"]), ("all-linear", "all-linear"), (r".*\.q_proj", r".*\.q_proj"), (["q_proj", "v_proj"],) * 2],
+)
+def test_target_modules_are_names_or_a_pattern(given: Any, value: Any) -> None:
+    assert ScriptArguments(lora_target_modules=given).lora_target_modules == value

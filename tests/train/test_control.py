@@ -1,0 +1,203 @@
+"""KL control over sequences of KLs. The oracles are tables written by hand from the rules, and the rules' own arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from jax_dpo.train.control import BETA_RANGE, KL_ACTIONS, Action, Controls, ControlState, react
+
+STANDARD = ("halve_lr", "raise_beta", "rollback")
+HIGH, LOW = 0.2, 0.06  # over the bound of 0.1; within it and not below half of it
+
+
+def start(beta: float = 0.1) -> ControlState:
+    return ControlState.start(learning_rate=1e-6, beta=beta, kl_coef=1.0)
+
+
+def one(
+    state: ControlState, kl: float, actions: Sequence[str] = STANDARD, **more: Any
+) -> tuple[ControlState, list[Action]]:
+    options = {"target_kl": 0.1, "adaptive_beta": False, "adaptive_beta_rate": 0.1, "step": 10, **more}
+    return react(state, kl=kl, kl_actions=actions, **options)
+
+
+def simulate(kls: Sequence[float], actions: Sequence[str], **more: Any) -> tuple[ControlState, list[list[str]]]:
+    """A run with an evaluation every 10 steps and a checkpoint at each that held the bound, as the loop would do it."""
+    state, step, good, taken = start(), 0, 0, []
+    for kl in kls:
+        step += 10
+        state, done = one(state, kl, actions, step=step, good_step=good, **more)
+        if kl <= 0.1:
+            good = step
+        if done and done[-1].kind == "rollback":
+            step = int(done[-1].new)
+        taken.append([action.kind for action in done])
+    return state, taken
+
+
+def test_within_the_bound_nothing_happens() -> None:
+    for kl in (0.0, 0.05, 0.1):
+        assert one(start(), kl) == (start(), [])
+
+
+def test_no_actions_named_only_watches() -> None:
+    assert one(start(), 5.0, ()) == (start(), [])
+
+
+def test_before_the_first_step_nothing_happens() -> None:
+    assert one(start(), 5.0, step=0, adaptive_beta=True) == (start(), [])
+
+
+@pytest.mark.parametrize(
+    ("actions", "kls", "expected"),
+    [
+        # The order given, not the order of KL_ACTIONS, and round again.
+        (STANDARD, [HIGH] * 4, [["halve_lr"], ["raise_beta"], ["rollback"], ["halve_lr"]]),
+        (["raise_beta", "halve_lr"], [HIGH] * 3, [["raise_beta"], ["halve_lr"], ["raise_beta"]]),
+        (["halve_lr"], [HIGH] * 3, [["halve_lr"]] * 3),
+        # An evaluation within the bound takes nothing and does not start the order anew.
+        (STANDARD, [HIGH, LOW, HIGH, LOW, HIGH], [["halve_lr"], [], ["raise_beta"], [], ["halve_lr", "rollback"]]),
+        # The same action named twice is taken twice.
+        (["halve_lr", "halve_lr", "raise_beta"], [HIGH] * 3, [["halve_lr"], ["halve_lr"], ["raise_beta"]]),
+    ],
+)
+def test_order(actions: list[str], kls: list[float], expected: list[list[str]]) -> None:
+    assert simulate(kls, actions)[1] == expected
+
+
+def test_values_of_one_round() -> None:
+    state, (halved,) = one(start(), 0.131, step=200)
+    assert state.controls == Controls(0.5, 0.1, 1.0)
+    assert halved.record() == {
+        "action": "halve_lr",
+        "reason": "KL 0.131 at step 200 is over target_kl 0.1: learning rate halved from 1e-06 to 5e-07",
+        "kl": 0.131,
+        "target_kl": 0.1,
+        "option": "learning_rate",
+        "old": 1e-6,
+        "new": 5e-7,
+    }
+    state, (raised,) = one(state, 0.12, step=300)
+    assert state.controls.learning_rate_scale == 0.5
+    assert (raised.option, raised.old, raised.new) == ("beta", 0.1, pytest.approx(0.15))
+    assert state.controls.beta == raised.new
+    state, (back,) = one(state, 0.12, step=400, good_step=100)
+    assert (back.kind, back.option, back.old, back.new) == ("rollback", "step", 400, 100)
+    assert "back to checkpoint-100" in back.reason
+    assert state.controls == Controls(0.5, raised.new, 1.0), "what was changed stays changed"
+    assert state.counts == {"halve_lr": 1, "raise_beta": 1, "rollback": 1}
+
+
+def test_rollback_goes_to_the_start_where_no_checkpoint_held_the_bound() -> None:
+    _, (back,) = one(ControlState(Controls(1.0, 0.1, 1.0), 1e-6, 0.1, changed_at=5), HIGH, ["rollback"], good_step=0)
+    assert back.new == 0
+    assert "the start: no checkpoint held the bound" in back.reason
+
+
+@pytest.mark.parametrize(
+    ("kls", "expected"),
+    [
+        # Nothing has changed since the start: the first rollback alone would only repeat the same steps.
+        ([HIGH], [["halve_lr", "rollback"]]),
+        ([HIGH, HIGH], [["halve_lr", "rollback"]] * 2),
+        # A newer good checkpoint: what was changed before it is no change to the way that led away from it.
+        ([HIGH, LOW, HIGH], [["halve_lr", "rollback"], [], ["halve_lr", "rollback"]]),
+        # A newer good checkpoint begins a count of its own.
+        ([HIGH, HIGH, LOW, HIGH, HIGH], [["halve_lr", "rollback"]] * 2 + [[]] + [["halve_lr", "rollback"]] * 2),
+        # Three times to one step; then the rate alone is halved and the run goes forward.
+        ([HIGH] * 5, [["halve_lr", "rollback"]] * 3 + [["halve_lr"]] * 2),
+    ],
+)
+def test_rollback_never_repeats_itself(kls: list[float], expected: list[list[str]]) -> None:
+    assert simulate(kls, ["rollback"])[1] == expected
+
+
+def test_a_start_over_the_bound_ends() -> None:
+    """KL that nothing lowers: in a run of 1000 steps every list of actions comes to its end."""
+    for actions in (["rollback"], STANDARD, ["rollback", "raise_beta"]):
+        state, step, evaluations = start(), 0, 0
+        while step < 1000:
+            step, evaluations = step + 10, evaluations + 1
+            state, done = one(state, HIGH, actions, step=step)
+            if done and done[-1].kind == "rollback":
+                step = int(done[-1].new)
+        assert evaluations < 150
+
+
+def test_actions_that_are_at_their_end_are_passed_over() -> None:
+    state, taken = simulate([HIGH] * 12, ["halve_lr"])
+    assert taken == [["halve_lr"]] * 10 + [[]] * 2
+    assert state.controls.learning_rate_scale == 1 / 1024
+    state, taken = simulate([HIGH] * 9, ["raise_beta"])
+    assert taken == [["raise_beta"]] * 6 + [[]] * 3
+    assert state.controls.beta == pytest.approx(1.0)
+    _, taken = simulate([HIGH] * 14, ["raise_beta", "halve_lr"])
+    assert taken == [["raise_beta"], ["halve_lr"]] * 6 + [["halve_lr"]] * 2
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf])
+def test_a_kl_that_is_not_finite_rolls_back(kl: float) -> None:
+    state, done = one(start(), kl, STANDARD, step=30, good_step=10, adaptive_beta=True)
+    assert [action.kind for action in done] == ["halve_lr", "rollback"]
+    assert done[-1].new == 10
+    assert done[0].record()["kl"] is None
+    assert state.controls.beta == 0.1
+    _, done = one(start(), kl, ["raise_beta", "halve_lr"])
+    assert [action.kind for action in done] == ["raise_beta"]
+
+
+# Adaptive beta
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(0.11, 1.1), (0.1, 1.0), (0.05, 1.0), (0.049, 0.9), (0.0, 0.9)])
+def test_adaptive_beta(kl: float, factor: float) -> None:
+    state, done = one(start(0.2), kl, (), adaptive_beta=True)
+    assert state.controls.beta == pytest.approx(0.2 * factor)
+    assert [action.kind for action in done] == (["adaptive_beta"] if factor != 1 else [])
+
+
+def test_adaptive_beta_takes_its_rate() -> None:
+    assert one(start(), HIGH, (), adaptive_beta=True, adaptive_beta_rate=0.25)[0].controls.beta == pytest.approx(0.125)
+
+
+def test_adaptive_beta_stays_in_its_range() -> None:
+    for kl, bound in ((0.0, BETA_RANGE[0]), (1.0, BETA_RANGE[1])):
+        state, taken = simulate([kl] * 40, (), adaptive_beta=True)
+        assert state.controls.beta == pytest.approx(0.1 * bound)
+        assert taken[-1] == [], "an action that changes nothing is none"
+
+
+def test_adaptive_beta_comes_before_the_listed_action() -> None:
+    state, done = one(start(), HIGH, ["raise_beta"], adaptive_beta=True)
+    assert [(action.kind, action.new) for action in done] == [
+        ("adaptive_beta", pytest.approx(0.11)),
+        ("raise_beta", pytest.approx(0.165)),
+    ]
+    assert state.controls.beta == done[-1].new
+
+
+# State
+
+
+def test_the_state_goes_through_json_and_on_as_if_it_had_not() -> None:
+    state, _ = simulate([HIGH, LOW, HIGH, HIGH], STANDARD)
+    copy = ControlState.from_dict(json.loads(json.dumps(state.to_dict())))
+    assert copy == state
+    assert one(copy, HIGH, step=70, good_step=20) == one(state, HIGH, step=70, good_step=20)
+
+
+def test_react_leaves_its_state_alone() -> None:
+    state = start()
+    one(state, HIGH)
+    assert state == start()
+
+
+def test_unknown_action() -> None:
+    with pytest.raises(ValueError, match="unknown \\['halve'\\]; known are halve_lr, raise_beta, rollback"):
+        one(start(), 0.0, ["halve"])
+    assert KL_ACTIONS == STANDARD
