@@ -21,11 +21,20 @@ Evaluator = Callable[[Tree, Frozen, Batch, Knobs], tuple[Any, PairSums]]
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A held-out set: its name (None where it is the only one), its pairs' number and its batches on the devices, anew each time."""
+    """A held-out set: its name (None where it is the only one), its pairs' number and its batches on the devices, anew each time.
+
+    `group` pairs are one of TRL's evaluation batches, over which the `sft` term is a mean.
+    """
 
     name: str | None
     pairs: int
     batches: Callable[[], Iterator[Batch]]
+    group: int
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of its metrics."""
+        return "eval_" if self.name is None else f"eval_{self.name}_"
 
 
 def evaluate(
@@ -33,7 +42,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of a held-out set under `eval_` (and the set's name), with `runtime` and speed.
 
-    The loss is the mean over pairs at the beta in force; its `sft` term is the mean over all chosen tokens of the set.
+    The loss is the mean over pairs; the `sft` term of a pair is the mean over the chosen tokens of its evaluation batch.
     """
     began = time.perf_counter()
     seen: list[tuple[np.ndarray, np.ndarray, PairSums]] = []
@@ -46,12 +55,13 @@ def evaluate(
     sums = PairSums(*(np.concatenate([x.reshape(-1, 2) for x in xs])[order] for xs in zip(*(s for _, _, s in seen))))
     if "sft" in options.types:
         share = dict(zip(options.types, options.weights))["sft"]
-        loss = loss - share * float(sums.logp[:, CHOSEN].sum()) / max(float(sums.tokens[:, CHOSEN].sum()), 1.0)
+        batch = np.arange(len(loss)) // held_out.group
+        logp, tokens = (np.bincount(batch, x[:, CHOSEN].astype(np.float64)) for x in (sums.logp, sums.tokens))
+        loss = loss - share * (logp / np.maximum(tokens, 1.0))[batch]
     found = metrics.evaluation(loss.astype(np.float64), sums, float(knobs.beta))
     seconds = time.perf_counter() - began
     found |= {"runtime": seconds, "samples_per_second": held_out.pairs / seconds}
-    prefix = "eval_" if held_out.name is None else f"eval_{held_out.name}_"
-    return {prefix + name: value for name, value in found.items()}
+    return {held_out.prefix + name: value for name, value in found.items()}
 
 
 def _whole(x: Any) -> np.ndarray:

@@ -302,17 +302,21 @@ class Loop:
             knobs = self._judging_knobs()
             metrics = evaluate(parts.evaluator, held_out, self.state.params, parts.frozen, knobs, parts.options)
             name = {} if held_out.name is None else {"set": held_out.name}
-            self._write("eval", {**metrics, "beta": beta, **name})
+            self._write("eval", {**metrics, "beta": beta, **name, **self._tokens_so_far(held_out)})
             parts.notify("on_evaluate", metrics)
             found |= metrics
         return found
+
+    def _tokens_so_far(self, held_out: EvalSet) -> dict[str, int]:
+        """TRL's `eval_num_tokens`: what has been trained on, not what is evaluated."""
+        return {f"{held_out.prefix}num_tokens": self.progress.num_tokens}
 
     def _evaluate(self) -> bool:
         """Evaluates, scores, lets the control act; True if it rolled the run back."""
         parts, progress = self.parts, self.progress
         found = self.evaluate_sets()
         if progress.step == 0 and parts.check_start is not None:
-            prefix = "eval_" if parts.eval_sets[0].name is None else f"eval_{parts.eval_sets[0].name}_"
+            prefix = parts.eval_sets[0].prefix
             parts.check_start({k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)})
         progress.scores[progress.step] = parts.ranking.score({**found, "beta": progress.control.beta})
         which = parts.ranking.set or parts.eval_sets[0].name

@@ -169,7 +169,7 @@ def make_evaluation(
 ) -> Callable[[Tree, Frozen, Batch, Knobs], tuple[jax.Array, PairSums]]:
     """The jitted evaluation of one batch [R, ...]: loss of each pair [R, S] and its sums [R, S, 2], on every process.
 
-    Without the `sft` term, which is a mean over the chosen tokens of the whole set: `evaluate` adds it.
+    Without the `sft` term, which is a mean over the chosen tokens of several pairs: `evaluate` adds it.
     """
 
     def evaluate(params: Tree, frozen: Frozen, batch: Batch, knobs: Knobs) -> tuple[jax.Array, PairSums]:

@@ -219,7 +219,7 @@ class Engine:
             for batch in evaluation_batches(data, data.sizes, replace(feed, sft=False)):
                 yield batch_to_devices(batch, self.mesh, feed.rows, leading=0)
 
-        return EvalSet(name, len(data), batches)
+        return EvalSet(name, len(data), batches, self.config.per_device_eval_batch_size)
 
     @cached_property
     def step(self) -> Callable[..., Any]:

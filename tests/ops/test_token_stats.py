@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_dpo.ops.token_stats import api, chunked, reference
+from jax_dpo.ops.token_stats import api, chunked, dense, reference
 
 
 def inputs(V: int = 97, D: int = 12, R: int = 2, K: int = 5, spread: float = 1.0):
@@ -44,6 +44,7 @@ def by_hand(h, h_ref, w, w_ref, target, softcap=None, scale=1.0):
 
 VERSIONS = {
     "reference": reference.token_stats,
+    "dense": dense.token_stats,
     "one chunk": partial(chunked.token_stats, chunk=1000),
     "chunks that do not divide": partial(chunked.token_stats, chunk=16),
     "two shards": partial(chunked.token_stats, chunk=10, shards=2),

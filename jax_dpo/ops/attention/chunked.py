@@ -30,12 +30,19 @@ def _chunk(bounds: Bounds, start: int, stop: int) -> jax.Array:
     return mask[:, None]
 
 
-def _scores(q: jax.Array, k: jax.Array, mask: jax.Array, scale: float, softcap: float | None) -> jax.Array:
-    """Masked scores [R, G, n*C, S] of queries [R, G, n*C, H] against keys [R, G, S, H], float32."""
-    s = jnp.einsum("rgch,rgsh->rgcs", q, k, preferred_element_type=jnp.float32) * scale
+def _scores(
+    q: jax.Array, k: jax.Array, mask: jax.Array, scale: float, softcap: float | None
+) -> tuple[jax.Array, float]:
+    """Masked scores [R, G, n*C, S] of queries [R, G, n*C, H] against keys [R, G, S, H], float32, without their last factor.
+
+    The factor comes after the maximum is taken off: `score * factor - max` may be rounded once or twice, as the compiler fuses it,
+    and then a reference that equals its policy would not give equal numbers; `(score - max) * factor` has one rounding only.
+    """
+    s = jnp.einsum("rgch,rgsh->rgcs", q, k, preferred_element_type=jnp.float32)
+    factor = scale
     if softcap is not None:
-        s = softcap * jnp.tanh(s / softcap)
-    return jnp.where(mask, s, _MASKED)
+        s, factor = jnp.tanh(s * (scale / softcap)), softcap
+    return jnp.where(mask, s, _MASKED), factor
 
 
 def _group(x: jax.Array, G: int) -> jax.Array:
@@ -64,15 +71,19 @@ def _forward(q, k, v, bounds, scale, softcap):
     for start in range(0, T, C):
         stop = min(start + C, T)
         mask = _repeat(_chunk(bounds, start, stop), n)
-        s = _scores(_group(q[:, start:stop], G), kt[:, :, :stop], mask, scale, softcap)
+        s, factor = _scores(_group(q[:, start:stop], G), kt[:, :, :stop], mask, scale, softcap)
         top = jnp.max(s, axis=-1, keepdims=True)
-        p = jnp.where(mask, jnp.exp(s - top), 0.0)
+        p = jnp.where(mask, jnp.exp((s - top) * factor), 0.0)
         total = jnp.sum(p, axis=-1, keepdims=True)
         safe = jnp.where(total > 0, total, 1.0)
         o = jnp.einsum("rgcs,rgsh->rgch", p.astype(v.dtype), vt[:, :, :stop], preferred_element_type=jnp.float32) / safe
         outs.append(_ungroup(o.astype(q.dtype), stop - start))
-        lses.append((top + jnp.log(safe)).reshape(R, G, n, stop - start))
-    return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=3)
+        lses.append((top * factor + jnp.log(safe)).reshape(R, G, n, stop - start))
+    out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=3)
+    # Adds nothing, but makes `lse` count where nobody else reads it. A forward that is differentiated keeps it, one that is not would
+    # drop it and be fused in another way, and a reference that equals its policy would differ from it by a rounding.
+    tie = (0.0 * lse).transpose(0, 3, 1, 2).reshape(R, T, N, 1)
+    return out + tie.astype(out.dtype), lse
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -102,12 +113,12 @@ def _attention_bwd(scale, softcap, saved, d_out):
         c = stop - start
         mask = _repeat(_chunk(bounds, start, stop), n)
         qc, doc = _group(q[:, start:stop], G), _group(d_out[:, start:stop], G)
-        s = _scores(qc, kt[:, :, :stop], mask, scale, softcap)
-        p = jnp.where(mask, jnp.exp(s - lse[..., start:stop].reshape(R, G, n * c, 1)), 0.0)
+        s, factor = _scores(qc, kt[:, :, :stop], mask, scale, softcap)
+        p = jnp.where(mask, jnp.exp(s * factor - lse[..., start:stop].reshape(R, G, n * c, 1)), 0.0)
         dp = jnp.einsum("rgch,rgsh->rgcs", doc, vt[:, :, :stop], preferred_element_type=jnp.float32)
         ds = p * (dp - _group(delta[:, start:stop, :, None], G))
         if softcap is not None:
-            ds = ds * (1.0 - jnp.square(jnp.where(mask, s, 0.0) / softcap))
+            ds = ds * (1.0 - jnp.square(jnp.where(mask, s, 0.0)))
         ds = (ds * scale).astype(q.dtype)
         dq.append(_ungroup(jnp.einsum("rgcs,rgsh->rgch", ds, kt[:, :, :stop]).astype(q.dtype), c))
         part_k = jnp.einsum("rgcs,rgch->rgsh", ds, qc, preferred_element_type=jnp.float32)

@@ -6,7 +6,7 @@ import math
 
 import jax
 
-from jax_dpo.ops.token_stats import chunked, reference
+from jax_dpo.ops.token_stats import chunked, dense
 from jax_dpo.ops.token_stats.types import TokenStats
 
 # Below this many bytes of float32 logits a device, whole logits are faster than chunks that are made twice.
@@ -40,7 +40,7 @@ def token_stats(
     """
     V = unembed.shape[0]
     if math.prod(target.shape) * V * 4 <= DENSE_BYTES * row_shards * vocabulary_shards:
-        return reference.token_stats(hidden, ref_hidden, unembed, ref_unembed, target, softcap=softcap, scale=scale)
+        return dense.token_stats(hidden, ref_hidden, unembed, ref_unembed, target, softcap=softcap, scale=scale)
     shards = vocabulary_shards if V % vocabulary_shards == 0 else 1
     return chunked.token_stats(
         hidden, ref_hidden, unembed, ref_unembed, target, softcap=softcap, scale=scale, shards=shards

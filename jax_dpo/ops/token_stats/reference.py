@@ -1,4 +1,4 @@
-"""Token statistics from whole logits: the oracle, and the fastest way where rows x scored tokens x vocabulary is small."""
+"""Token statistics from whole logits by automatic differentiation: the oracle of the fast versions."""
 
 from __future__ import annotations
 
