@@ -1,9 +1,15 @@
-"""The parameter tree as nested dicts, and its flat form keyed by dotted paths such as `model.layers.self_attn.q_proj.weight`."""
+"""What several packages of one level share: the parameter tree, and what is known of a scored token.
+
+The tree is nested dicts; its flat form is keyed by dotted paths such as `model.layers.self_attn.q_proj.weight`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import jax
 
 Tree = dict[str, Any]
 
@@ -39,3 +45,25 @@ def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
         below = tree.get(key)
         tree[key] = overlay(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return tree
+
+
+class TokenStats(NamedTuple):
+    """What is known of a scored token under policy and reference: arrays [R, K], float32, natural logarithms.
+
+    `logp` and `kl` carry gradients to the policy; nothing else carries any.
+    """
+
+    logp: jax.Array
+    """log pi(y): log-probability of the target under the policy, nats."""
+    ref_logp: jax.Array
+    """log ref(y)."""
+    kl: jax.Array
+    """sum_v pi(v) (log pi(v) - log ref(v)) over the whole vocabulary, nats; not clamped."""
+    entropy: jax.Array
+    """-sum_v pi(v) log pi(v), nats."""
+    mean_logit: jax.Array
+    """mean of the policy's logits over the vocabulary."""
+    log_sum_sq: jax.Array
+    """log sum_v pi(v)^2 (the weight of WPO, arXiv 2406.11827)."""
+    top1: jax.Array
+    """1 where the target is the policy's most likely token, the lowest id winning a tie; else 0."""

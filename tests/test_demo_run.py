@@ -154,7 +154,7 @@ def test_another_folder_is_the_users_own(
     own = root / "demo" / "run"
     assert run.main([], root) == errors.OK
     assert run.main(["--output_dir", "elsewhere"], root) == errors.OK
-    assert "elsewhere/final" in capsys.readouterr().out
+    assert "elsewhere/report.html" in capsys.readouterr().out
     assert own.is_dir()
 
 

@@ -68,9 +68,9 @@ def _dispatch(argv: list[str]) -> int:
         print(command_help(COMMANDS[rest[0]]) if rest and rest[0] in COMMANDS else overview(COMMANDS))
         return OK
     if first in ("--version", "-V", "version"):
-        import jax_dpo
+        from importlib.metadata import version
 
-        print(f"jax-dpo {jax_dpo.__version__}")
+        print(f"jax-dpo {version('jax-dpo')}")
         return OK
     if first not in COMMANDS:
         close = nearest(first, COMMANDS, n=1)

@@ -124,7 +124,7 @@ def check(argv: list[str]) -> int:
 
 def convert(argv: list[str]) -> int:
     chosen, (source, target) = arguments(ConvertArguments, argv, positionals=("SRC", "OUT"))
-    from jax_dpo.weights.convert import convert as convert_model
+    from jax_dpo.weights.export import convert as convert_model
 
     convert_model(source, target, chosen.dtype)
     print(f"{target}: written")

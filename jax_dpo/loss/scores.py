@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_dpo.ops.token_stats.types import TokenStats
+from jax_dpo.arrays import TokenStats
 
 CHOSEN, REJECTED = 0, 1
 

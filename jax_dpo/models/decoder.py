@@ -103,7 +103,8 @@ def hidden_states(
     Args:
       params: the parameter tree in the compute dtype (`cast_for_compute`).
       tokens, positions, pair, branch: [R, T] int32, see `data.batch.Batch`.
-      remat: keep only the attention's output between forward and backward and run the rest of each block again.
+      remat: keep only the attention's output between forward and backward and run the rest of each block again; else the products
+        of the linear layers are kept too.
       dropout_key: turns the adapter's dropout on.
       constrain: puts the sharding of activations [R, T, D] where automatic partitioning would guess.
       replicate: the same for the embedding table before the lookup.
@@ -126,9 +127,13 @@ def hidden_states(
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         return constrain(block(x, cos[rope], sin[rope], mix, key)), None
 
-    if remat:
-        keep = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-        body = jax.checkpoint(body, policy=keep, prevent_cse=False)
+    # What is kept between forward and backward: with `remat` the attention alone, else the products of the linear layers too. What
+    # lies between them (norms, activations, rotations) costs less to make again than to write and read.
+    policies = jax.checkpoint_policies
+    keep = policies.save_only_these_names("attention_out", "attention_lse")
+    if not remat:
+        keep = policies.save_from_both_policies(keep, policies.dots_with_no_batch_dims_saveable)
+    body = jax.checkpoint(body, policy=keep, prevent_cse=False)
     x = constrain(replicate(model.model.embed_tokens.weight[...])[tokens])
     index = jnp.arange(config.num_layers, dtype=jnp.int32)
     per_layer = (nnx.to_pure_dict(stacked), jnp.asarray(window_of_layer), jnp.asarray(rope_of_layer), index)

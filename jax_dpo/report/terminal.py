@@ -211,9 +211,10 @@ class Terminal:
 
     def _show_checkpoint(self, record: Record) -> None:
         self._line.doing(None)
-        score = record.get("score")
-        text = f"saved {record.get('path')}, "
-        text += "no score: KL is over its bound" if score is None else f"score {fmt.signed(score)}"
+        text = f"saved {record.get('path')}"
+        if "score" in record:
+            score = record["score"]
+            text += ", no score: KL is over its bound" if score is None else f", score {fmt.signed(score)}"
         text += ", the best so far" if record.get("best") else ""
         self._say(f"{'':10}{text}" if self._rows else f"step {record.get('step')}  {text}", style="dim")
 

@@ -55,9 +55,9 @@ def evaluate(
     sums = PairSums(*(np.concatenate([x.reshape(-1, 2) for x in xs])[order] for xs in zip(*(s for _, _, s in seen))))
     if "sft" in options.types:
         share = dict(zip(options.types, options.weights))["sft"]
-        batch = np.arange(len(loss)) // held_out.group
-        logp, tokens = (np.bincount(batch, x[:, CHOSEN].astype(np.float64)) for x in (sums.logp, sums.tokens))
-        loss = loss - share * (logp / np.maximum(tokens, 1.0))[batch]
+        which = np.arange(len(loss)) // held_out.group
+        logp, tokens = (np.bincount(which, x[:, CHOSEN].astype(np.float64)) for x in (sums.logp, sums.tokens))
+        loss = loss - share * (logp / np.maximum(tokens, 1.0))[which]
     found = metrics.evaluation(loss.astype(np.float64), sums, float(knobs.beta))
     seconds = time.perf_counter() - began
     found |= {"runtime": seconds, "samples_per_second": held_out.pairs / seconds}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,9 @@ from jax_dpo.train.signals import StopRequest
 from jax_dpo.train.state import Frozen, Knobs, TrainState
 
 Step = Callable[..., tuple[TrainState, dict[str, Any]]]
+
+# What is added up between two log lines beside the metrics; `seconds` are those of steps, without evaluations and saves.
+COUNTED = ("pairs", "trl_tokens", "flops", "fill", "steps", "seconds")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Progress:
     position: Position = START
     num_tokens: int = 0
     window: Window = field(default_factory=Window)
+    counted: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0.0))
     scores: dict[int, float] = field(default_factory=dict)
     """score of every evaluation so far, by step"""
     good: list[int] = field(default_factory=list)
@@ -99,6 +103,7 @@ class Progress:
             "num_tokens": self.num_tokens,
             "control": self.control.to_dict(),
             "window": [self.window.steps, self.window.total],
+            "counted": self.counted,
             "scores": {str(k): v for k, v in self.scores.items() if math.isfinite(v)},
             "evaluated": sorted(self.scores),
             "good": self.good,
@@ -117,11 +122,16 @@ class Progress:
             position=Position(*meta["position"]),
             num_tokens=meta["num_tokens"],
             window=window,
+            counted=dict(meta["counted"]),
             scores=scores,
             good=list(meta["good"]),
             saved=list(meta["saved"]),
             moved=meta["moved"],
         )
+
+    def keep_saved(self, steps: Sequence[int]) -> None:
+        """Forgets checkpoints that are not among `steps`: some of an older checkpoint's list may have been rotated away since."""
+        self.saved = [step for step in self.saved if step in steps]
 
     def best_saved(self, ranking: Ranking) -> int | None:
         """The step of the best checkpoint that there is."""
@@ -136,7 +146,6 @@ class _Pending:
     batch: StepBatch
     results: dict[str, Any]
     rate: float
-    began: float
 
 
 class Loop:
@@ -145,8 +154,7 @@ class Loop:
     def __init__(self, parts: Parts, state: TrainState, progress: Progress) -> None:
         self.parts, self.state, self.progress = parts, state, progress
         self.pending: _Pending | None = None
-        self.seconds = 0.0  # of steps since the last log, without evaluations and saves
-        self.counted = {"pairs": 0, "tokens": 0, "trl_tokens": 0, "flops": 0.0, "fill": 0.0, "steps": 0}
+        self.last_read: float | None = None  # when the device was last seen to be done, if nothing but steps came after
         self.compiled: Any = None
 
     def run(self, stop: StopRequest) -> TrainState:
@@ -208,19 +216,20 @@ class Loop:
         if self.compiled is None:
             self.compiled = self._compile(args)
         began = time.perf_counter()
+        self.last_read = began if self.last_read is None else self.last_read
         self.state, results = self.compiled(*args)
         progress.step += 1
         progress.position = parts.plan.after(1, progress.position)
         progress.num_tokens += batch.trl_tokens
         progress.moved = progress.moved or rate > 0
-        before, self.pending = self.pending, _Pending(progress.step, batch, results, rate, began)
+        before, self.pending = self.pending, _Pending(progress.step, batch, results, rate)
         if before is not None:
             self._read(before)
 
     def _compile(self, args: tuple) -> Any:
         display = self.parts.display
         display.compiling("the training step", {"cpu": 6.0, "gpu": 40.0, "tpu": 60.0}.get(jax.default_backend()))
-        began = time.perf_counter()
+        began, self.last_read = time.perf_counter(), None
         compiled = self.parts.step.lower(*args).compile()  # type: ignore[attr-defined]
         display.compiled(time.perf_counter() - began)
         return compiled
@@ -228,14 +237,14 @@ class Loop:
     def _read(self, done: _Pending) -> None:
         """Waits for a step's results and adds them to the window."""
         sums = jax.device_get(done.results["sums"])
-        self.seconds += time.perf_counter() - done.began
+        batch, c, now = done.batch, self.progress.counted, time.perf_counter()
+        c["seconds"] += now - (now if self.last_read is None else self.last_read)
+        self.last_read = now
         if not bool(done.results["finite"]):
             self._not_finite(done)
         self.progress.window.add(sums)
         self.norm, self.rate = float(done.results["grad_norm"]), done.rate
-        batch, c = done.batch, self.counted
         c["pairs"] += len(batch.pairs)
-        c["tokens"] += batch.tokens
         c["trl_tokens"] += batch.trl_tokens
         c["flops"] += self.parts.flops(batch)
         c["fill"] += batch.fill
@@ -245,7 +254,7 @@ class Loop:
         metrics = one.metrics()
         if done.step == 1 and self.parts.check_start is not None:
             self.parts.check_start(metrics)
-        speed = {"pairs_per_second": c["pairs"] / self.seconds}
+        speed = {"pairs_per_second": c["pairs"] / max(c["seconds"], 1e-9)}
         self.parts.display.progress(done.step, self.parts.plan.total, {**metrics, **speed})
 
     def _drain(self) -> None:
@@ -257,16 +266,16 @@ class Loop:
         rows = ", ".join(str(int(i) + 1) for i in done.batch.pairs[:16])
         raise UserError(
             "not-finite",
-            f"The loss or the gradient of step {done.step} is not finite; its pairs are {rows} of the prepared data. The weights are "
-            "those before this step, and the checkpoints of before are there. Lower learning_rate, use more warmup_steps or a smaller "
+            f"The loss or the gradient of step {done.step} is not finite; its pairs are {rows} of the prepared data. Nothing of this step "
+            "was saved, and the checkpoints of before are there. Lower learning_rate, use more warmup_steps or a smaller "
             "max_grad_norm; if it is step 1, look at these rows and at the model's weights.",
         )
 
     def _log(self) -> None:
         """One train record: means since the last one."""
-        parts, progress, c = self.parts, self.progress, self.counted
+        parts, progress, c = self.parts, self.progress, self.progress.counted
         controls = progress.control.controls
-        seconds = max(self.seconds, 1e-9)
+        seconds = max(c["seconds"], 1e-9)
         record = {
             **progress.window.metrics(),
             "grad_norm": self.norm,
@@ -283,8 +292,7 @@ class Loop:
             record["mfu"] = c["flops"] / seconds / parts.peak_flops
         self._write("train", record)
         parts.notify("on_log", record)
-        progress.window = Window()
-        self.seconds, self.counted = 0.0, dict.fromkeys(c, 0)
+        progress.window, progress.counted = Window(), dict.fromkeys(COUNTED, 0.0)
 
     def _write(self, kind: str, fields: Mapping[str, Any]) -> None:
         progress = self.progress
@@ -313,7 +321,7 @@ class Loop:
 
     def _evaluate(self) -> bool:
         """Evaluates, scores, lets the control act; True if it rolled the run back."""
-        parts, progress = self.parts, self.progress
+        parts, progress, self.last_read = self.parts, self.progress, None
         found = self.evaluate_sets()
         if progress.step == 0 and parts.check_start is not None:
             prefix = parts.eval_sets[0].prefix
@@ -362,24 +370,30 @@ class Loop:
             self.state, meta = parts.checkpoints.restore(to, abstract)
             self.progress = Progress.from_meta(meta)
             self.progress.control = control
+            self.progress.keep_saved(parts.checkpoints.steps())
             # Saved again: a run that is killed now must go on with the changed values.
-            parts.checkpoints.save(to, self.state, self.progress.meta(), parts.trainer_state(self.progress))
-        self.seconds, self.counted = 0.0, dict.fromkeys(self.counted, 0)
+            self._write_checkpoint(to)
+
+    def _write_checkpoint(self, step: int) -> None:
+        """Saves as `checkpoint-<step>`; the best one and the newest one within the bound stay whatever is rotated away."""
+        parts, progress = self.parts, self.progress
+        good = [s for s in progress.saved if s in progress.good]
+        protect = {s for s in (progress.best_saved(parts.ranking), max(good, default=None)) if s is not None}
+        parts.checkpoints.save(step, self.state, progress.meta(), parts.trainer_state(progress), protect=protect)
 
     def _save(self) -> None:
-        parts, progress = self.parts, self.progress
+        parts, progress, self.last_read = self.parts, self.progress, None
         step = progress.step
         if step in progress.saved:
             return
         progress.saved.append(step)
-        best = progress.best_saved(parts.ranking)
-        good = [s for s in progress.saved if s in progress.good]
-        protect = {s for s in (best, max(good, default=None)) if s is not None}
         parts.display.busy("saving")
-        parts.checkpoints.save(step, self.state, progress.meta(), parts.trainer_state(progress), protect=protect)
-        score = progress.scores.get(step)
-        finite = score if score is not None and math.isfinite(score) else None
-        self._write("checkpoint", {"path": f"checkpoint-{step}", "score": finite, "best": step == best})
+        self._write_checkpoint(step)
+        best = progress.best_saved(parts.ranking)
+        score = {}
+        if step in progress.scores:  # null: the KL is over its bound; absent: nothing was evaluated
+            score = {"score": progress.scores[step] if math.isfinite(progress.scores[step]) else None}
+        self._write("checkpoint", {"path": f"checkpoint-{step}", **score, "best": step == best})
         parts.notify("on_save", {})
 
     def _stop(self, stop: StopRequest) -> None:

@@ -140,7 +140,8 @@ def make_step(
     """The jitted train step `(state, frozen, batch, count, knobs, key) -> (state, results)`; `state` is donated.
 
     `batch` has arrays [A, R, ...] of which the first `count` micro-batches hold something. Results: `sums` (`metrics.Sums`),
-    `grad_norm` (before clipping) and `finite`: where a loss or gradient is not finite, the state comes back as it went in.
+    `grad_norm` (before clipping) and `finite`. The state after a step that is not finite is lost: keeping the one of before would take
+    a second copy of the moments, and the run ends there anyway.
     """
     place = state_shardings(abstract, mesh)
 
@@ -154,12 +155,10 @@ def make_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         grads, sums = _accumulated(grad_fn, state.params, batch, count, place.params)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
         updates, opt_state = tx.update(clip(grads, norm, max_grad_norm), state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - knobs.learning_rate * u, state.params, updates)
-        keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-        new = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state))
-        return new, {"sums": sums, "grad_norm": norm, "finite": finite}
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
+        return TrainState(state.step + 1, params, opt_state), {"sums": sums, "grad_norm": norm, "finite": finite}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(mesh)))
 

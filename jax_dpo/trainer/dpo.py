@@ -19,11 +19,13 @@ from jax_dpo.train.loop import Loop, Progress
 from jax_dpo.train.memory import MemorySettings, memory_advice
 from jax_dpo.train.signals import StopRequest
 from jax_dpo.trainer import outputs
-from jax_dpo.trainer.datasets import PairSet, Tokenizer, prepare_evaluation, prepare_set
+from jax_dpo.trainer.datasets import Tokenizer, prepare_evaluation, prepare_set
 from jax_dpo.trainer.engine import Engine
-from jax_dpo.trainer.models import Pairing, pair_models
-from jax_dpo.trainer.parts import assemble, evaluation_metrics, fresh_progress, make_plan, resume_step, start_record
+from jax_dpo.trainer.models import pair_models
+from jax_dpo.trainer.parts import assemble, evaluation_metrics, fresh_progress, make_plan, start_record
+from jax_dpo.trainer.run import Run
 from jax_dpo.trainer.setup import prepare_jax
+from jax_dpo.trainer.start import resume_step
 from jax_dpo.trainer.verdict import conclude
 
 
@@ -48,7 +50,7 @@ class TrainOutput:
     metrics: dict[str, Any]
 
 
-class DPOTrainer:
+class DPOTrainer(Run):
     """Trains a policy on preference pairs by Direct Preference Optimization (arXiv 2305.18290).
 
     Args:
@@ -91,15 +93,13 @@ class DPOTrainer:
                 "model and ref_model are one and the same object, which would be trained as its own reference. "
                 "Leave ref_model out: the policy's start is the reference then.",
             )
-        self.display: Display = display or Quiet()
+        self.display = display or Quiet()
         self.callbacks = list(callbacks or [])
-        self.pairing: Pairing = pair_models(
-            model, ref_model, peft_config, revision=revision, seed=args.seed if args else 42
-        )
+        self.pairing = pair_models(model, ref_model, peft_config, revision=revision, seed=args.seed if args else 42)
         self.args = args or DPOConfig(f"{self.pairing.policy.name}-DPO")
         self.notes = prepare_jax(self.args)
         self.tokenizer = Tokenizer(processing_class if processing_class is not None else tokenizer, self.pairing.policy)
-        self.train_set: PairSet | None = None
+        self.train_set = None
         if train_dataset is not None:
             self.train_set = prepare_set(train_dataset, self.tokenizer, self.args, progress=self._tokenizing)
         self.eval_sets = prepare_evaluation(eval_dataset, self.tokenizer, self.args)
@@ -185,7 +185,7 @@ class DPOTrainer:
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         out = Path(self.args.output_dir)
         primary = is_primary()
-        start = resume_step(out, wanted, self.args, self._options(), self.display)
+        start = resume_step(out, wanted, self.args, self.identity(), self.display)
         if start.finished:
             return self._finished(out)
         with tempfile.TemporaryDirectory() as elsewhere, StopRequest() as stop:
@@ -193,7 +193,7 @@ class DPOTrainer:
             log = RunLog((out if primary else Path(elsewhere)) / "run.jsonl")
             self._log = log
             self._load()
-            parts = assemble(self, log, self._frozen, primary=primary)
+            parts = assemble(self, log, self._frozen, notify=self._notify, primary=primary)
             progress = fresh_progress(self.args)
             state, self._device_state = self._device_state, None
             try:
@@ -235,21 +235,6 @@ class DPOTrainer:
         self.exit_code = int(outputs.read_json(out / "verdict.json").get("exit_code", OK))
         steps = max((r["step"] for r in self.records), default=0)
         return TrainOutput(steps, float("nan"), {})
-
-    def named_sets(self) -> dict[str, PairSet]:
-        """All data sets by the names under which reports show them."""
-        named = {"train": self.train_set} if self.train_set is not None else {}
-        return {**named, **{name or "eval": s for name, s in self.eval_sets.items()}}
-
-    def _options(self) -> dict[str, Any]:
-        """What makes two runs the same run: every option, the models and the data."""
-        p = self.pairing
-        return {
-            "options": self.args.to_dict(),
-            "model": str(p.policy.files.path),
-            "reference": str(p.other.files.path) if p.other else p.kind,
-            "data": {name: s.data.counts for name, s in self.named_sets().items()},
-        }
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Metrics of the held-out pairs under the policy as it stands, every pair counted once.

@@ -1,11 +1,12 @@
-"""The parts of the loop, out of a trainer's options; and where a run that was there before goes on."""
+"""The parts of the loop, out of what a run is made of; and the record that says at the start what will be done."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,9 @@ import numpy as np
 from jax_dpo.config import DPOConfig
 from jax_dpo.errors import UserError
 from jax_dpo.report.html import write_report
-from jax_dpo.report.records import Record, RunLog, log_history, read_records
-from jax_dpo.report.terminal import Display
+from jax_dpo.report.records import Record, RunLog, log_history
 from jax_dpo.report.writers import Writers, open_writers
 from jax_dpo.sharding.mesh import row_shards
-from jax_dpo.sharding.multihost import is_primary, wait_for_all
 from jax_dpo.train.checkpoint import Checkpoints
 from jax_dpo.train.control import ControlState
 from jax_dpo.train.evaluate import evaluate
@@ -32,9 +31,7 @@ from jax_dpo.train.state import Frozen, Knobs, TrainState
 from jax_dpo.trainer import outputs
 from jax_dpo.trainer.datasets import PairSet
 from jax_dpo.trainer.models import parameter_count
-
-if TYPE_CHECKING:
-    from jax_dpo.trainer.dpo import DPOTrainer
+from jax_dpo.trainer.run import Run
 
 # Share of the measured matmul rate that a step reaches, for the time that is announced before the first step.
 EXPECTED_EFFICIENCY = {"cpu": 0.55, "gpu": 0.35, "tpu": 0.35}
@@ -138,9 +135,45 @@ def fresh_progress(config: DPOConfig) -> Progress:
     return Progress(ControlState.start(learning_rate=config.learning_rate, beta=config.beta, kl_coef=config.kl_coef))
 
 
-def assemble(trainer: DPOTrainer, log: RunLog, frozen: Frozen, *, primary: bool) -> Parts:
-    """Everything that the loop needs."""
-    config, engine, plan = trainer.args, trainer.engine, trainer.plan
+def trainer_state(run: Run, history: list[dict[str, Any]], ranking: Ranking, progress: Progress) -> dict[str, Any]:
+    """What trainer_state.json of a checkpoint holds."""
+    plan, config = run.plan, run.args
+    assert plan is not None
+    best = progress.best_saved(ranking)
+    return outputs.hf_trainer_state(
+        history,
+        step=progress.step,
+        epoch=plan.epoch(progress.position),
+        best_step=best,
+        best_metric=None if best is None else progress.scores[best],
+        output_dir=Path(config.output_dir),
+        facts={
+            "max_steps": plan.total,
+            "num_train_epochs": config.num_train_epochs,
+            "logging_steps": plan.logging_steps,
+            "eval_steps": plan.eval_steps,
+            "save_steps": plan.save_steps,
+            "train_batch_size": config.per_device_train_batch_size,
+            "num_input_tokens_seen": progress.num_tokens,
+            "total_flos": 0,
+        },
+    )
+
+
+def start_check(run: Run) -> Callable[[dict[str, float]], None] | None:
+    """What the first numbers must pass; None where policy and reference differ from the start, or dropout acts."""
+    engine = run.engine
+    if not run.pairing.same_start or engine.facts.dropout:
+        return None
+    scored = float(np.mean(run.train_set.sizes.scored)) if run.train_set is not None else 1.0
+    return partial(check_start, options=engine.options, beta=run.args.beta, tokens_per_pair=scored, dtype=engine.dtype)
+
+
+def assemble(
+    run: Run, log: RunLog, frozen: Frozen, *, notify: Callable[[str, dict[str, Any]], None], primary: bool
+) -> Parts:
+    """Everything that the loop needs. `notify` tells the callbacks; `primary`: this process writes."""
+    config, engine, plan = run.args, run.engine, run.plan
     assert plan is not None
     out = Path(config.output_dir)
     eval_sets = tuple(engine.held_out(name, data) for name, data in engine.eval_sets.items())
@@ -150,34 +183,6 @@ def assemble(trainer: DPOTrainer, log: RunLog, frozen: Frozen, *, primary: bool)
     def report() -> None:
         if primary:
             write_report(out)
-
-    def trainer_state(progress: Progress) -> dict[str, Any]:
-        best = progress.best_saved(ranking)
-        return outputs.hf_trainer_state(
-            log_history(log.records()),
-            step=progress.step,
-            epoch=plan.epoch(progress.position),
-            best_step=best,
-            best_metric=None if best is None else progress.scores[best],
-            output_dir=out,
-            facts={
-                "max_steps": plan.total,
-                "num_train_epochs": config.num_train_epochs,
-                "logging_steps": plan.logging_steps,
-                "eval_steps": plan.eval_steps,
-                "save_steps": plan.save_steps,
-                "train_batch_size": config.per_device_train_batch_size,
-                "num_input_tokens_seen": progress.num_tokens,
-                "total_flos": 0,
-            },
-        )
-
-    scored = float(np.mean(trainer.train_set.sizes.scored)) if trainer.train_set is not None else 1.0
-    check = None
-    if trainer.pairing.same_start and not engine.facts.dropout:
-
-        def check(found: dict[str, float]) -> None:
-            check_start(found, options=engine.options, beta=config.beta, tokens_per_pair=scored, dtype=engine.dtype)
 
     peak = peak_of(jax.devices()[0].device_kind)
     warmup = warmup_of(config.warmup_steps, plan.total)
@@ -198,13 +203,13 @@ def assemble(trainer: DPOTrainer, log: RunLog, frozen: Frozen, *, primary: bool)
         control=KLControl(config.target_kl, tuple(config.kl_actions), config.adaptive_beta, config.adaptive_beta_rate),
         ranking=ranking,
         checkpoints=Checkpoints(
-            out, save_total_limit=config.save_total_limit, primary=primary, say=lambda text: trainer.notes.append(text)
+            out, save_total_limit=config.save_total_limit, primary=primary, say=lambda text: run.notes.append(text)
         ),
         writers=writers,
-        display=trainer.display,
-        trainer_state=trainer_state,
-        check_start=check,
-        notify=trainer._notify,
+        display=run.display,
+        trainer_state=lambda progress: trainer_state(run, log_history(log.records()), ranking, progress),
+        check_start=start_check(run),
+        notify=notify,
         report=report,
         flops=engine.flops,
         peak_flops=None if peak is None else peak * jax.device_count(),
@@ -212,10 +217,10 @@ def assemble(trainer: DPOTrainer, log: RunLog, frozen: Frozen, *, primary: bool)
 
 
 def evaluation_metrics(
-    trainer: DPOTrainer, sets: Mapping[str | None, PairSet], state: TrainState, frozen: Frozen
+    run: Run, sets: Mapping[str | None, PairSet], state: TrainState, frozen: Frozen
 ) -> dict[str, float]:
     """All sets at the configured beta."""
-    engine, config = trainer.engine, trainer.args
+    engine, config = run.engine, run.args
     knobs = Knobs(jnp.float32(0), jnp.float32(config.beta), jnp.float32(config.kl_coef))
     found: dict[str, float] = {}
     for name, data in sets.items():
@@ -224,30 +229,28 @@ def evaluation_metrics(
     return found
 
 
-def start_record(trainer: DPOTrainer) -> Record:
+def start_record(run: Run) -> Record:
     """The first record: what is trained on what, and for how long."""
-    from jax_dpo import __version__
-
-    config, engine, plan, policy = trainer.args, trainer.engine, trainer.plan, trainer.pairing.policy
+    config, engine, plan, policy = run.args, run.engine, run.plan, run.pairing.policy
     assert plan is not None
     total, trained = parameter_count(policy.config)
     mesh, feed = engine.mesh, engine.feed
-    sets = trainer.named_sets()
+    sets = run.named_sets()
     held_out = {name: s.data.counts for name, s in sets.items() if name != "train"}
     warnings = [
         *config.warnings(adapter=policy.config.lora is not None, data_parallel=row_shards(mesh)),
         *plan_warnings(plan, config),
-        *trainer.notes,
+        *run.notes,
         *(w for s in sets.values() for w in s.data.warnings),
     ]
-    fill = _expected_fill(trainer)
+    fill = _expected_fill(run)
     return {
         "kind": "start",
         "step": 0,
-        "version": __version__,
+        "version": version("jax-dpo"),
         "options": config.to_dict(),
         "changed": config.changed(),
-        "run": trainer._options(),
+        "run": run.identity(),
         "model": {
             "name": str(policy.files.path),
             "family": policy.config.model_type,
@@ -256,7 +259,7 @@ def start_record(trainer: DPOTrainer) -> Record:
             "dtype": policy.files.dtype,
             "compute_dtype": engine.dtype,
         },
-        "reference": trainer.pairing.sentence,
+        "reference": run.pairing.sentence,
         "data": {"train": sets["train"].data.counts, "eval": held_out},
         "devices": {
             "platform": jax.default_backend(),
@@ -273,30 +276,30 @@ def start_record(trainer: DPOTrainer) -> Record:
             "row_tokens": feed.shape.row_tokens,
             "rows": feed.rows,
             "row_fill": fill,
-            "seconds": _expected_seconds(trainer),
+            "seconds": _expected_seconds(run),
             "warnings": warnings,
         },
     }
 
 
-def _sampled(trainer: DPOTrainer, most: int) -> list[Any]:
-    plan = trainer.plan
+def _sampled(run: Run, most: int) -> list[Any]:
+    plan = run.plan
     assert plan is not None
     at = np.unique(np.linspace(0, plan.total - 1, min(most, plan.total)).astype(int))
-    return [trainer.engine.batch_at(plan.after(int(k))) for k in at]
+    return [run.engine.batch_at(plan.after(int(k))) for k in at]
 
 
-def _expected_fill(trainer: DPOTrainer) -> float:
-    return float(np.mean([b.fill for b in _sampled(trainer, 8)]))
+def _expected_fill(run: Run) -> float:
+    return float(np.mean([b.fill for b in _sampled(run, 8)]))
 
 
-def _expected_seconds(trainer: DPOTrainer) -> float:
+def _expected_seconds(run: Run) -> float:
     """Steps and evaluations at a share of the matmul rate that this device shows now."""
-    engine, plan = trainer.engine, trainer.plan
+    engine, plan = run.engine, run.plan
     assert plan is not None
     platform = jax.default_backend()
     rate = peak_of(jax.devices()[0].device_kind) or matmul_rate()
-    batches = _sampled(trainer, 8)
+    batches = _sampled(run, 8)
     step = float(np.mean([engine.flops(b) for b in batches]))
     pair = step / float(np.mean([len(b.pairs) for b in batches]))
     evaluations = (plan.total // plan.eval_steps + plan.eval_on_start) if plan.eval_steps else 0
@@ -304,103 +307,3 @@ def _expected_seconds(trainer: DPOTrainer) -> float:
     work = step * plan.total + 0.5 * pair * held_out * evaluations
     devices = jax.device_count() if platform != "cpu" else 1
     return work / (rate * devices * EXPECTED_EFFICIENCY.get(platform, 0.35)) + 10.0
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: at a checkpoint's step, at the beginning (None), or not at all, since it is finished."""
-
-    step: int | None = None
-    path: Path | None = None
-    finished: bool = False
-
-    def restore(self, parts: Parts, abstract: TrainState) -> tuple[TrainState, Progress]:
-        """State and progress of the checkpoint; what the log says of later steps is taken back."""
-        assert self.step is not None
-        where = self.path if self.path is not None else self.step
-        state, meta = parts.checkpoints.restore(where, abstract)
-        progress = Progress.from_meta(meta)
-        if self.path is None or self.path.parent == parts.checkpoints.output_dir:
-            parts.writers.log.truncate_after(self.step)
-        record = parts.writers.write({"kind": "resume", "step": self.step, "from": f"checkpoint-{self.step}"})
-        parts.display.write(record)
-        return state, progress
-
-
-def resume_step(
-    out: Path, wanted: bool | str | Path | None, config: DPOConfig, run: Mapping[str, Any], display: Display
-) -> Start:
-    """Decides where the run begins, and makes the output directory ready for it.
-
-    Raises:
-      UserError: a run is there and nothing says what to do with it; nothing to resume from; a damaged checkpoint.
-    """
-    start = _decide(out, wanted, config, run) if is_primary() else Start()
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        told = np.array([-1 if start.step is None else start.step, int(start.finished)])
-        step, finished = multihost_utils.broadcast_one_to_all(told).tolist()
-        start = Start(None if step < 0 else step, start.path, bool(finished))
-        wait_for_all("output directory ready")
-    return start
-
-
-def _decide(out: Path, wanted: bool | str | Path | None, config: DPOConfig, run: Mapping[str, Any]) -> Start:
-    if config.overwrite_output_dir:
-        outputs.clear_run(out)
-    if wanted is None or wanted is False:
-        outputs.refuse_second_run(out)
-        outputs.make_output_dir(out)
-        return Start()
-    if wanted not in (True, "auto"):
-        path = Path(str(wanted))
-        outputs.make_output_dir(out)
-        with Checkpoints(path.parent, save_total_limit=None) as checkpoints:
-            meta = checkpoints.read_meta(path)
-        return Start(int(meta["step"]), path.absolute())
-    if wanted == "auto" and outputs.holds_run(out):
-        changed = _differences(out, run)
-        if changed:
-            raise UserError(
-                "output-dir-other-run",
-                f"{out} holds a run of other options: {'; '.join(changed)}. To go on with these options all the same: "
-                "--resume_from_checkpoint true. To start over: --overwrite_output_dir. To keep it: another --output_dir.",
-            )
-        if outputs.finished(out):
-            return Start(finished=True)
-    outputs.make_output_dir(out)
-    with Checkpoints(out, save_total_limit=None) as checkpoints:
-        found = checkpoints.latest_good()
-    if found.step is not None:
-        return Start(found.step)
-    if wanted is True:
-        why = " ".join(found.skipped) or "It has no complete checkpoint."
-        raise UserError(
-            "nothing-to-resume",
-            f"resume_from_checkpoint is true, but there is nothing to go on from in {out}. {why} "
-            "Leave it out to start, or write auto to start where there is nothing.",
-        )
-    outputs.clear_run(out)  # a run that was stopped before its first checkpoint starts over
-    return Start()
-
-
-def _differences(out: Path, run: Mapping[str, Any]) -> list[str]:
-    """How a run that is there differs from this one, option by option; where it lies does not count."""
-    if not (out / "run.jsonl").exists():
-        return []
-    start = next((r for r in read_records(out / "run.jsonl") if r["kind"] == "start"), None)
-    if start is None or "run" not in start:
-        return []
-    from jax_dpo.report.records import json_ready
-
-    now, then = json_ready(run), start["run"]
-    ignored = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "report_to", "compile_cache_dir"}
-    ignored |= {"dataset_cache_dir", "coordinator_address", "num_processes", "process_id"}
-    names = {*now["options"], *then["options"]} - ignored
-    found = [
-        f"{name} {then['options'].get(name)} there, {now['options'].get(name)} now"
-        for name in sorted(names)
-        if now["options"].get(name) != then["options"].get(name)
-    ]
-    return found + [f"another {key}" for key in ("model", "reference", "data") if now[key] != then[key]]

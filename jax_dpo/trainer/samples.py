@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,7 @@ from jax_dpo.models.generate import generate
 from jax_dpo.policy import Policy
 from jax_dpo.sharding.mesh import replicated
 from jax_dpo.train.state import Frozen, TrainState
-
-if TYPE_CHECKING:
-    from jax_dpo.trainer.dpo import DPOTrainer
+from jax_dpo.trainer.run import Run
 
 NEW_TOKENS = 64
 TEMPERATURE, TOP_P = 0.7, 0.95
@@ -33,26 +31,26 @@ def stop_ids_of(policy: Policy, tokenizer: Any) -> list[int]:
     return sorted({i for i in found if isinstance(i, int) and i >= 0})
 
 
-def _answers(trainer: DPOTrainer, config: ModelConfig, params: Any, prompts: list[list[int]]) -> list[str]:
-    tokenizer = trainer.tokenizer.loaded
+def _answers(run: Run, config: ModelConfig, params: Any, prompts: list[list[int]]) -> list[str]:
+    tokenizer = run.tokenizer.loaded
     ids = generate(
         config,
-        jax.device_put(params, replicated(trainer.engine.mesh)),
+        jax.device_put(params, replicated(run.engine.mesh)),
         prompts,
         max_new_tokens=NEW_TOKENS,
-        stop_ids=stop_ids_of(trainer.pairing.policy, tokenizer),
+        stop_ids=stop_ids_of(run.pairing.policy, tokenizer),
         temperature=TEMPERATURE,
         top_p=TOP_P,
-        seed=trainer.args.seed,
+        seed=run.args.seed,
     )
     return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in ids]
 
 
-def answer_samples(trainer: DPOTrainer, state: TrainState, frozen: Frozen, step: int) -> dict[str, Any]:
+def answer_samples(run: Run, state: TrainState, frozen: Frozen, step: int) -> dict[str, Any]:
     """A `samples` record: the first held-out prompts (or those of training, where nothing is held out), the same seed for both."""
-    trainer.display.busy("answering sample prompts")
-    sets = list(trainer.eval_sets.values()) or ([trainer.train_set] if trainer.train_set is not None else [])
-    pairs, wanted = sets[0].pairs, trainer.args.generate_samples
+    run.display.busy("answering sample prompts")
+    sets = list(run.eval_sets.values()) or ([run.train_set] if run.train_set is not None else [])
+    pairs, wanted = sets[0].pairs, run.args.generate_samples
     distinct: dict[tuple[int, ...], None] = {}
     for i in range(len(pairs)):
         prompt = tuple(int(t) for t in pairs.tree(i).chosen_prompt)
@@ -61,12 +59,12 @@ def answer_samples(trainer: DPOTrainer, state: TrainState, frozen: Frozen, step:
         if len(distinct) == wanted:
             break
     prompts = [list(p) for p in distinct]
-    facts, dtype = trainer.engine.facts, jnp.dtype(trainer.engine.dtype)
+    facts, dtype = run.engine.facts, jnp.dtype(run.engine.dtype)
     policy = overlay(frozen.base, cast_for_compute(state.params, dtype))
     reference = overlay(frozen.base, frozen.reference) if facts.reference_on_base else frozen.reference
-    before = _answers(trainer, facts.reference, reference, prompts)
-    after = _answers(trainer, facts.policy, policy, prompts)
-    tokenizer = trainer.tokenizer.loaded
+    before = _answers(run, facts.reference, reference, prompts)
+    after = _answers(run, facts.policy, policy, prompts)
+    tokenizer = run.tokenizer.loaded
     shown = [tokenizer.decode(p, skip_special_tokens=True).strip() for p in prompts]
     samples = [{"prompt": p, "reference": b, "policy": a} for p, b, a in zip(shown, before, after)]
     title = f"answers sampled at temperature {TEMPERATURE}, top-p {TOP_P}, the same seed for both"

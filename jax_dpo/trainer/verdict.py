@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jax_dpo.sharding.multihost import wait_for_all
 from jax_dpo.train.gates import Facts, judge, write_verdict
@@ -12,29 +12,27 @@ from jax_dpo.train.loop import Loop
 from jax_dpo.train.optimizer import warmup_of
 from jax_dpo.train.state import TrainState
 from jax_dpo.trainer import outputs
+from jax_dpo.trainer.run import Run
 from jax_dpo.trainer.samples import answer_samples
 
-if TYPE_CHECKING:
-    from jax_dpo.trainer.dpo import DPOTrainer
 
-
-def conclude(trainer: DPOTrainer, loop: Loop, *, primary: bool) -> int:
+def conclude(run: Run, loop: Loop, *, primary: bool) -> int:
     """Writes `final/`, `best/`, verdict.json and report.html; returns the exit code of the verdict."""
-    parts, progress, config = loop.parts, loop.progress, trainer.args
+    parts, progress, config = loop.parts, loop.progress, run.args
     out = Path(config.output_dir)
     if config.generate_samples > 0:
-        record = answer_samples(trainer, loop.state, parts.frozen, progress.step)
+        record = answer_samples(run, loop.state, parts.frozen, progress.step)
         parts.display.write(parts.writers.write(record))
     best = progress.best_saved(parts.ranking)
-    files = trainer.tokenizer.files
+    files = run.tokenizer.files
     records = parts.writers.log.records()
     export: dict[str, Any] = {"tokenizer_files": files, "primary": primary, "records": records}
     if config.save_strategy != "no":
         parts.display.busy("writing the model")
-        outputs.export(trainer.pairing.policy, loop.state.params, out / "final", **export)
+        outputs.export(run.pairing.policy, loop.state.params, out / "final", **export)
         if best is not None:
             params = loop.state.params if best == progress.step else _restored(loop, best).params
-            outputs.export(trainer.pairing.policy, params, out / "best", step=best, **export)
+            outputs.export(run.pairing.policy, params, out / "best", step=best, **export)
             if config.load_best_model_at_end and best != progress.step:
                 loop.state = _restored(loop, best)
     wait_for_all("models written")
@@ -57,7 +55,7 @@ def conclude(trainer: DPOTrainer, loop: Loop, *, primary: bool) -> int:
         ),
     )
     parts.display.write(parts.writers.write({"kind": "verdict", "step": progress.step, **verdict.to_dict()}))
-    seconds = time.time() - trainer.began
+    seconds = time.time() - run.began
     parts.display.write(parts.writers.write(_end(records, progress.step, seconds)))
     if primary:
         write_verdict(out / "verdict.json", verdict)

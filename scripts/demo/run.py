@@ -130,24 +130,20 @@ def jax_dpo(arguments: list[str]) -> int:
 
 
 def summary(folder: Path, run: Path, seconds: float, code: int) -> str:
-    """Where everything lies, what it took, and how to go on."""
-    verdict = json.loads((run / "verdict.json").read_text(encoding="utf-8"))
-    places = {
-        "trained model": run / "final",
-        "best checkpoint": run / "best",
-        "report": run / "report.html",
-        "metrics": run / "run.jsonl",
-        "stock model": folder / "model",
-        "pairs": folder / "data",
-    }
-    lines = ["", *(f"  {name:<16} {_shown(path)}" for name, path in places.items() if path.exists())]
+    """What the demo itself has to add to the report of the training: its inputs, what it took, how to go on."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
-    lines.append(f"  {'after downloads':<16} {seconds / 60:.1f} minutes, {peak:.1f} GiB resident at most")
-    lines.append(f"  {'verdict':<16} {verdict['headline']}")
+    lines = [
+        "",
+        f"  {'stock model':<12} {_shown(folder / 'model')}",
+        f"  {'pairs':<12} {_shown(folder / 'data')}",
+        f"  {'took':<12} {seconds / 60:.1f} minutes after the downloads, {peak:.1f} GiB resident at most",
+        f'  {"ask it":<12} jax-dpo generate --model {_shown(run / "final")} --prompt "{QUESTION}" --temperature 0.7',
+        f"  {'report':<12} {_shown(run / 'report.html')}: open it in a browser",
+    ]
     if code == errors.GATE_FAILED:
-        lines.append("  The model is trained, so this ends with 0; `jax-dpo train` by itself would end with 3.")
-    lines.append(f'Ask it:  jax-dpo generate --model {_shown(run / "final")} --prompt "{QUESTION}" --temperature 0.7')
-    return "\n".join(lines)
+        lines.append("The model is trained, so this ends with 0; `jax-dpo train` by itself would end with 3.")
+    verdict = json.loads((run / "verdict.json").read_text(encoding="utf-8"))
+    return "\n".join([*lines, f"verdict: {verdict['headline']}"])
 
 
 def _shown(path: Path) -> str:

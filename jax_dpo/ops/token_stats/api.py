@@ -6,8 +6,8 @@ import math
 
 import jax
 
+from jax_dpo.arrays import TokenStats
 from jax_dpo.ops.token_stats import chunked, dense
-from jax_dpo.ops.token_stats.types import TokenStats
 
 # Below this many bytes of float32 logits a device, whole logits are faster than chunks that are made twice.
 DENSE_BYTES = 256 * 2**20

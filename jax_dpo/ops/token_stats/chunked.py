@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_dpo.ops.token_stats.types import TokenStats
+from jax_dpo.arrays import TokenStats
 
 CHUNK = 8192
 

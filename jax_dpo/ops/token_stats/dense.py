@@ -11,8 +11,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jax_dpo.arrays import TokenStats
 from jax_dpo.ops.token_stats.reference import logits_of
-from jax_dpo.ops.token_stats.types import TokenStats
 
 
 def _forward(hidden, ref_hidden, unembed, ref_unembed, target, softcap, scale):

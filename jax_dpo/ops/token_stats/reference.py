@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jax_dpo.ops.token_stats.types import TokenStats
+from jax_dpo.arrays import TokenStats
 
 
 def logits_of(

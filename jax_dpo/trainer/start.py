@@ -1,0 +1,119 @@
+"""Where a run begins: at its start, or where the run that is in its directory stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_dpo.config import DPOConfig
+from jax_dpo.errors import UserError
+from jax_dpo.report.records import json_ready, read_records
+from jax_dpo.report.terminal import Display
+from jax_dpo.sharding.multihost import is_primary, wait_for_all
+from jax_dpo.train.checkpoint import Checkpoints
+from jax_dpo.train.loop import Parts, Progress
+from jax_dpo.train.state import TrainState
+from jax_dpo.trainer import outputs
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at a checkpoint's step, at the beginning (None), or not at all, since it is finished."""
+
+    step: int | None = None
+    path: Path | None = None
+    finished: bool = False
+
+    def restore(self, parts: Parts, abstract: TrainState) -> tuple[TrainState, Progress]:
+        """State and progress of the checkpoint; what the log says of later steps is taken back."""
+        assert self.step is not None
+        where = self.path if self.path is not None else self.step
+        state, meta = parts.checkpoints.restore(where, abstract)
+        progress = Progress.from_meta(meta)
+        if self.path is None or self.path.parent == parts.checkpoints.output_dir:
+            parts.writers.log.truncate_after(self.step)
+        record = parts.writers.write({"kind": "resume", "step": self.step, "from": f"checkpoint-{self.step}"})
+        parts.display.write(record)
+        return state, progress
+
+
+def resume_step(
+    out: Path, wanted: bool | str | Path | None, config: DPOConfig, run: Mapping[str, Any], display: Display
+) -> Start:
+    """Decides where the run begins, and makes the output directory ready for it.
+
+    Raises:
+      UserError: a run is there and nothing says what to do with it; nothing to resume from; a damaged checkpoint.
+    """
+    start = _decide(out, wanted, config, run) if is_primary() else Start()
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        told = np.array([-1 if start.step is None else start.step, int(start.finished)])
+        step, finished = multihost_utils.broadcast_one_to_all(told).tolist()
+        start = Start(None if step < 0 else step, start.path, bool(finished))
+        wait_for_all("output directory ready")
+    return start
+
+
+def _decide(out: Path, wanted: bool | str | Path | None, config: DPOConfig, run: Mapping[str, Any]) -> Start:
+    if config.overwrite_output_dir:
+        outputs.clear_run(out)
+    if wanted is None or wanted is False:
+        outputs.refuse_second_run(out)
+        outputs.make_output_dir(out)
+        return Start()
+    if wanted not in (True, "auto"):
+        path = Path(str(wanted))
+        outputs.make_output_dir(out)
+        with Checkpoints(path.parent, save_total_limit=None) as checkpoints:
+            meta = checkpoints.read_meta(path)
+        return Start(int(meta["step"]), path.absolute())
+    if wanted == "auto" and outputs.holds_run(out):
+        changed = _differences(out, run)
+        if changed:
+            raise UserError(
+                "output-dir-other-run",
+                f"{out} holds a run of other options: {'; '.join(changed)}. To go on with these options all the same: "
+                "--resume_from_checkpoint true. To start over: --overwrite_output_dir. To keep it: another --output_dir.",
+            )
+        if outputs.finished(out):
+            return Start(finished=True)
+    outputs.make_output_dir(out)
+    with Checkpoints(out, save_total_limit=None) as checkpoints:
+        found = checkpoints.latest_good()
+    if found.step is not None:
+        return Start(found.step)
+    if wanted is True:
+        why = " ".join(found.skipped) or "It has no complete checkpoint."
+        raise UserError(
+            "nothing-to-resume",
+            f"resume_from_checkpoint is true, but there is nothing to go on from in {out}. {why} "
+            "Leave it out to start, or write auto to start where there is nothing.",
+        )
+    outputs.clear_run(out)  # a run that was stopped before its first checkpoint starts over
+    return Start()
+
+
+def _differences(out: Path, run: Mapping[str, Any]) -> list[str]:
+    """How a run that is there differs from this one, option by option; where it lies does not count."""
+    if not (out / "run.jsonl").exists():
+        return []
+    start = next((r for r in read_records(out / "run.jsonl") if r["kind"] == "start"), None)
+    if start is None or "run" not in start:
+        return []
+    now, then = json_ready(run), start["run"]
+    ignored = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "report_to", "compile_cache_dir"}
+    ignored |= {"dataset_cache_dir", "coordinator_address", "num_processes", "process_id"}
+    names = {*now["options"], *then["options"]} - ignored
+    found = [
+        f"{name} {then['options'].get(name)} there, {now['options'].get(name)} now"
+        for name in sorted(names)
+        if now["options"].get(name) != then["options"].get(name)
+    ]
+    return found + [f"another {key}" for key in ("model", "reference", "data") if now[key] != then[key]]

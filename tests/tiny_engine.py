@@ -1,0 +1,177 @@
+"""A tiny model, random pairs and the run's own `Engine` over any part of the virtual devices, without a file on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_dpo.config import DPOConfig
+from jax_dpo.data.prepare import DataOptions, PreparedData
+from jax_dpo.data.tokens import Facts, TokenizedPairs, TokenTable
+from jax_dpo.models.config import ModelConfig, parameter_shapes
+from jax_dpo.models.families import model_config
+from jax_dpo.models.lora import LoraConfig
+from jax_dpo.policy import Policy
+from jax_dpo.sharding.mesh import make_mesh, row_shards
+from jax_dpo.train.evaluate import evaluate
+from jax_dpo.train.metrics import named
+from jax_dpo.train.plan import Plan
+from jax_dpo.train.state import Knobs
+from jax_dpo.trainer.datasets import PairSet
+from jax_dpo.trainer.engine import Engine
+from jax_dpo.trainer.models import BASE, START, Pairing
+from jax_dpo.weights.leaves import InMemory
+from jax_dpo.weights.model_files import ModelFiles
+from jax_dpo.weights.peft import new_adapter
+
+VOCABULARY = 256
+MESHES = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)]
+
+
+def shape_of(**changes: Any) -> ModelConfig:
+    """A llama of 3 layers, hidden 64, 4 heads, 2 key-value heads."""
+    attributes = {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+    }
+    return model_config({**attributes, **changes})
+
+
+def weights_of(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random float32 weights by tree path; norms around 1, wide enough that no branch is idle."""
+    flat = {}
+    for i, (path, shape) in enumerate(parameter_shapes(config).items()):
+        noise = np.random.default_rng([seed, i]).standard_normal(shape).astype(np.float32)
+        flat[path] = 1 + 0.2 * noise if path.endswith("norm.weight") else 0.15 * noise
+    return flat
+
+
+def policy_of(config: ModelConfig, seed: int = 0) -> Policy:
+    leaves = {path: InMemory(x) for path, x in weights_of(config, seed).items()}
+    files = ModelFiles(Path("tiny"), {}, config, dict(leaves), "float32", None, dict)
+    return Policy(files, dict(leaves), config)
+
+
+def pairing_of(config: ModelConfig, *, lora: bool = False, seed: int = 0) -> Pairing:
+    """The policy held against its own start, or a fresh adapter held against its base."""
+    policy = policy_of(config, seed)
+    if not lora:
+        return Pairing(policy, START)
+    adapter = new_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj", "down_proj"]), config, 0)
+    return Pairing(policy.with_adapter(adapter), BASE)
+
+
+def pair_set(n: int, seed: int = 0, vocabulary: int = VOCABULARY) -> PairSet:
+    """Random token ids: prompts of 3 to 20 tokens, answers of 2 to 24."""
+    rng = np.random.default_rng([seed, n])
+    lengths = np.stack([rng.integers(3, 21, n), rng.integers(2, 25, n), rng.integers(2, 25, n)], 1)
+    bounds = np.concatenate([[0], np.cumsum(lengths.reshape(-1))]).astype(np.int64)
+    rows = np.arange(n)
+    table = TokenTable(
+        ids=rng.integers(0, vocabulary, bounds[-1]).astype(np.int32),
+        bounds=bounds,
+        row=rows,
+        number=rows + 1,
+        file_of=np.zeros(n, np.int32),
+        twin=rows,
+        gap=np.full(n, np.nan),
+        flags=np.zeros(n, np.uint8),
+        facts=Facts(n, True, False),
+    )
+    prepared = PreparedData("tiny", DataOptions(), TokenizedPairs(table, rows), [], {}, [], False)
+    return PairSet(prepared, share_prompt=True)
+
+
+@dataclass
+class Trajectory:
+    """What a few steps left behind: metrics of every step and of an evaluation, and the weights."""
+
+    losses: list[float]
+    norms: list[float]
+    metrics: list[dict[str, float]]
+    evaluation: dict[str, float]
+    weights: dict[str, np.ndarray]
+    micro_batches: list[int]
+
+
+def engine_on(
+    mesh: tuple[int, int, int],
+    *,
+    pairs_per_step: int = 16,
+    train: int = 64,
+    held_out: int = 12,
+    steps: int = 4,
+    lora: bool = False,
+    shape: ModelConfig | None = None,
+    **options: Any,
+) -> Engine:
+    """The engine of a run over the first devices; the global batch is the same on every mesh."""
+    devices = jax.devices()[: int(np.prod(mesh))]
+    grid = make_mesh(*mesh, devices=devices)
+    per_device = pairs_per_step // row_shards(grid)
+    chosen: dict[str, Any] = {
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": per_device,
+        "weight_decay": 0.1,
+        "gradient_checkpointing": True,
+        "bf16": False,
+        "kl_coef": 1.0,
+        "mesh_data": mesh[0],
+        "mesh_fsdp": mesh[1],
+        "mesh_tensor": mesh[2],
+    }
+    config = DPOConfig("unused", **{**chosen, **options})
+    plan = Plan(train, per_device, row_shards(grid), steps, 1, 1, 0)
+    pairing = pairing_of(shape or shape_of(), lora=lora)
+    engine = Engine(config, pairing, pair_set(train), {None: pair_set(held_out, seed=1)}, plan)
+    engine.__dict__["mesh"] = grid  # a part of the devices, where the run itself takes all
+    return engine
+
+
+def knobs_of(engine: Engine, rate: float = 1e-3, beta: float = 0.1) -> Knobs:
+    return Knobs(jnp.float32(rate), jnp.float32(beta), jnp.float32(engine.config.kl_coef))
+
+
+def run(engine: Engine, steps: int = 4) -> Trajectory:
+    """`steps` optimizer steps, an evaluation before the first one and after the last."""
+    import optax
+
+    del optax
+    state = engine.fresh_state()
+    frozen = engine.frozen(state)
+    assert engine.plan is not None
+    found = Trajectory([], [], [], {}, {}, [])
+    held_out = engine.held_out(None, engine.eval_sets[None])
+    found.evaluation = evaluate(engine.evaluator, held_out, state.params, frozen, knobs_of(engine), engine.options)
+    for k in range(steps):
+        batch = engine.batch_at(engine.plan.after(k))
+        arrays = engine.to_devices(batch)
+        state, results = engine.step(
+            state, frozen, arrays, jnp.int32(batch.micro_batches), knobs_of(engine), jax.random.key(k)
+        )
+        sums = jax.device_get(results["sums"])
+        assert bool(results["finite"])
+        found.metrics.append(named(sums._asdict()))
+        found.losses.append(found.metrics[-1]["loss"])
+        found.norms.append(float(results["grad_norm"]))
+        found.micro_batches.append(batch.micro_batches)
+    from jax_dpo.arrays import flatten
+
+    found.weights = {path: np.asarray(x) for path, x in flatten(state.params).items()}
+    return found
