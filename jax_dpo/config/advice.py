@@ -64,7 +64,6 @@ ADVICE: dict[str, str] = {
     "label_pad_token_id": "leave it out; padding is never part of the loss",
     "padding_value": "leave it out; padding is never part of the loss",
     "pad_token": "leave it out; padding is never part of the loss and needs no token",
-    "pad_to_multiple_of": "leave it out; pairs are packed into rows of one length",
     "padding_free": "leave it out; pairs are packed into rows, so there is little padding",
     "packing": "leave it out; pairs are always packed into rows",
     "is_encoder_decoder": "leave it out; the model is a decoder",

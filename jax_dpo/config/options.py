@@ -14,6 +14,7 @@ from typing import Any
 
 from jax_dpo.config.advice import ADVICE, PYTHON_ADVICE, VALUE_ADVICE
 from jax_dpo.config.fields import (
+    Check,
     Problem,
     above,
     at_least,
@@ -35,6 +36,12 @@ from jax_dpo.config.rules import (
     problems_between,
     warnings_of,
 )
+
+_MULTIPLE = Check("a whole number of at least 1, auto or null", lambda value: value == "auto" or _is_count(value))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 def check_config(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
@@ -226,6 +233,12 @@ class DPOConfig:
         "What is kept of a sequence that is too long.",
         group="Data",
         choices=("keep_start", "keep_end"),
+    )
+    pad_to_multiple_of: int | str | None = option(
+        "auto",
+        "Rows are made a multiple of so many tokens long, beyond what the device wants; auto and null ask for nothing more.",
+        group="Data",
+        check=_MULTIPLE,
     )
     drop_rows: list[str] = option(
         ["invalid"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ def evaluate(
     found = metrics.evaluation(loss.astype(np.float64), sums, float(knobs.beta))
     seconds = time.perf_counter() - began
     found |= {"runtime": seconds, "samples_per_second": held_out.pairs / seconds}
+    found["steps_per_second"] = math.ceil(held_out.pairs / held_out.group) / seconds
     return {held_out.prefix + name: value for name, value in found.items()}
 
 

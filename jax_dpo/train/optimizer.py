@@ -60,14 +60,25 @@ def schedule(name: str, *, total: int, warmup: int, options: dict[str, Any] | No
       name: linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial, constant, constant_with_warmup, inverse_sqrt or
         warmup_stable_decay.
       total, warmup: steps of the run and of its warm-up.
-      options: `lr_scheduler_kwargs`.
+      options: `lr_scheduler_kwargs`; polynomial has `end`, which is lr_end as a share of the rate.
     """
-    shape = _SHAPES[name](total, warmup, dict(options or {}))
+    given = dict(options or {})
+    shape = _SHAPES[name](total, warmup, given)
+    if name == "constant":
+        return shape
+    rise = _rise(given.get("warmup_type", "linear"), given.get("min_lr_ratio", 0.0))
+    return lambda k: rise(k / warmup) if k < warmup else shape(k)
 
-    def factor(k: int) -> float:
-        if k < warmup and name != "constant":
-            return k / max(1, warmup)
-        return shape(k)
+
+def _rise(kind: str, least: float) -> Callable[[float], float]:
+    """The warm-up: share of it that is done -> factor, from `least` to 1. Only warmup_stable_decay has other kinds than linear from 0."""
+
+    def factor(p: float) -> float:
+        if kind == "cosine":
+            p = 0.5 * (1.0 - math.cos(math.pi * p))
+        elif kind == "1-sqrt":
+            p = 1.0 - math.sqrt(1.0 - p)
+        return max(0.0, p * (1.0 - least) + least)
 
     return factor
 

@@ -21,7 +21,7 @@ from jax_dpo.data.tokenize import tokenizer_fingerprint
 from jax_dpo.data.tokens import TokenizedPairs
 from jax_dpo.errors import UserError
 from jax_dpo.policy import Policy
-from jax_dpo.weights.tokenizer_files import files_of_tokenizer
+from jax_dpo.weights.tokenizer_files import auto_tokenizer, files_of_tokenizer
 
 
 class Tokenizer:
@@ -70,12 +70,10 @@ class Tokenizer:
                 f"{self._given or self._policy.files.path} has no tokenizer (no tokenizer.json or tokenizer_config.json). "
                 "Name a directory that has one with tokenizer_name_or_path, or give processing_class.",
             )
-        from transformers import AutoTokenizer
-
         with tempfile.TemporaryDirectory() as folder:
             self._write(Path(folder))
             try:
-                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                return auto_tokenizer().from_pretrained(folder, local_files_only=True)
             except Exception as e:
                 raise UserError(
                     "tokenizer-broken",

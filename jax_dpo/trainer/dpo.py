@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from jax_dpo.policy import Policy
 from jax_dpo.report.records import Record, RunLog, log_history
 from jax_dpo.report.terminal import Display, Quiet
 from jax_dpo.sharding.multihost import is_primary
-from jax_dpo.train.loop import Loop, Progress
+from jax_dpo.train.loop import Loop
 from jax_dpo.train.memory import MemorySettings, memory_advice
 from jax_dpo.train.signals import StopRequest
 from jax_dpo.trainer import outputs
 from jax_dpo.trainer.datasets import Tokenizer, prepare_evaluation, prepare_set
 from jax_dpo.trainer.engine import Engine
 from jax_dpo.trainer.models import pair_models
-from jax_dpo.trainer.parts import assemble, evaluation_metrics, fresh_progress, make_plan, start_record
+from jax_dpo.trainer.parts import assemble, evaluation_metrics, fresh_progress, make_plan, ranking_of, start_record
 from jax_dpo.trainer.run import Run
 from jax_dpo.trainer.setup import prepare_jax
 from jax_dpo.trainer.start import resume_step
@@ -111,6 +112,8 @@ class DPOTrainer(Run):
             )
         self.plan = make_plan(self.args, len(self.train_set)) if self.train_set is not None else None
         self.engine = Engine(self.args, self.pairing, self.train_set, self.eval_sets, self.plan)
+        self.engine.check()
+        ranking_of(self.args, self.eval_sets)
         self.state = TrainerState()
         self.records: list[Record] = []
         self.exit_code = OK
@@ -157,10 +160,17 @@ class DPOTrainer(Run):
             with self._memory("loading the model"):
                 self._device_state = self.engine.fresh_state()
                 self._frozen = self.engine.frozen(self._device_state)
+                if self.already_finished:
+                    out, best = Path(self.args.output_dir), self.args.load_best_model_at_end
+                    trained = outputs.trained_policy(out, self.pairing.policy, best=best)
+                    self._device_state = self.engine.with_params(self._device_state, trained)
 
     def _notify(self, event: str, fields: dict[str, Any]) -> None:
         """Tells the callbacks, with TRL's arguments."""
-        self.state.log_history = log_history(self._log.records()) if self._log else self.state.log_history
+        if not self.callbacks:
+            return
+        if self._log is not None:
+            self._show(self._log.records())
         name = {"on_log": "logs", "on_evaluate": "metrics"}.get(event)
         for callback in self.callbacks:
             handler: Callable[..., Any] | None = getattr(callback, event, None)
@@ -211,30 +221,44 @@ class DPOTrainer(Run):
             except Stopped:
                 parts.report()
                 raise
+            except Exception as error:
+                with suppress(Exception):  # the error is what matters, also where the log cannot be written
+                    step = max((r["step"] for r in log.records()), default=0)
+                    text = str(error).splitlines()[:1]
+                    parts.writers.write({"kind": "end", "step": step, "reason": "error", "message": "".join(text)})
+                    parts.report()
+                raise
             finally:
-                self.records = log.records()
-                self.state.log_history = log_history(self.records)
+                self._show(log.records())
                 parts.writers.close()
                 self._log = None
-        return self._output(loop.progress)
+        return self._output(loop.progress.step)
 
-    def _output(self, progress: Progress) -> TrainOutput:
+    def _output(self, step: int) -> TrainOutput:
         losses = [e["loss"] for e in self.state.log_history if "loss" in e]
         last = self.state.log_history[-1] if self.state.log_history else {}
-        self.state.global_step = progress.step
         metrics = {k: v for k, v in last.items() if k.startswith("train_")}
-        return TrainOutput(progress.step, sum(losses) / len(losses) if losses else float("nan"), metrics)
+        return TrainOutput(step, sum(losses) / len(losses) if losses else float("nan"), metrics)
 
     def _finished(self, out: Path) -> TrainOutput:
         """A run that is at its end already: say so, and show what it came to."""
         from jax_dpo.report.records import read_records
 
-        self.already_finished = True
-        self.records = read_records(out / "run.jsonl")
-        self.state.log_history = log_history(self.records)
+        self.already_finished, self._device_state = True, None
+        self._show(read_records(out / "run.jsonl"))
         self.exit_code = int(outputs.read_json(out / "verdict.json").get("exit_code", OK))
-        steps = max((r["step"] for r in self.records), default=0)
-        return TrainOutput(steps, float("nan"), {})
+        return self._output(self.state.global_step)
+
+    def _show(self, records: list[Record]) -> None:
+        """Sets what `records` and `state` show."""
+        self.records, state = records, self.state
+        state.log_history = log_history(records)
+        state.global_step = max((r["step"] for r in records), default=0)
+        state.epoch = next((r["epoch"] for r in reversed(records) if "epoch" in r), 0.0)
+        best = next((r for r in reversed(records) if r["kind"] == "checkpoint" and r["best"]), None)
+        if best is not None:
+            state.best_global_step, state.best_metric = best["step"], best["score"]
+            state.best_model_checkpoint = str(Path(self.args.output_dir) / best["path"])
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Metrics of the held-out pairs under the policy as it stands, every pair counted once.

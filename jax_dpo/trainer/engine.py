@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +21,7 @@ from jax_dpo.data.pack import RowShape, Sizes, choose_shape, micro_batches, pack
 from jax_dpo.loss.family import LossOptions
 from jax_dpo.models.decoder import describe, is_adapter
 from jax_dpo.ops.attention.api import choose
+from jax_dpo.policy import Policy
 from jax_dpo.sharding.mesh import make_mesh, replicated, row_shards
 from jax_dpo.sharding.place import batch_to_devices, row_range
 from jax_dpo.train.evaluate import EvalSet
@@ -40,6 +42,13 @@ def compute_dtype(config: DPOConfig) -> str:
     if config.bf16 is None:
         return "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return "bfloat16" if config.bf16 else "float32"
+
+
+def granule(multiple: int | str | None) -> int:
+    """What the length of a row is a multiple of, `pad_to_multiple_of` included."""
+    # Lanes of a TPU and tiles of a GPU want multiples of 128; a CPU does as well with less padding.
+    device = 32 if jax.default_backend() == "cpu" else 128
+    return math.lcm(device, multiple) if isinstance(multiple, int) else device
 
 
 def loss_options(config: DPOConfig) -> LossOptions:
@@ -126,6 +135,14 @@ class Engine:
         opt_state = jax.jit(self.tx.init, out_shardings=where.opt_state)(params)
         return TrainState(jax.device_put(np.int32(0), replicated(self.mesh)), params, opt_state)
 
+    def with_params(self, state: TrainState, policy: Policy) -> TrainState:
+        """The state with the trained parameters of another policy of the same shape."""
+        return state._replace(params=place(trained_leaves(policy), self.mesh, "float32"))
+
+    def check(self) -> None:
+        """Raises UserError where model, adapter and mesh do not go together, before anything is read or written."""
+        _ = self.facts
+
     def frozen(self, state: TrainState) -> Any:
         """Reference and base; `state` is the fresh one."""
         return frozen_of(self.pairing, state.params, self.mesh, self.dtype)
@@ -153,8 +170,7 @@ class Engine:
             row_shards=shards,
             micro_batch_tokens=budget,
             cost=cost_of(self.work, jax.default_backend()),
-            # Lanes of a TPU and tiles of a GPU want multiples of 128; a CPU does as well with less padding.
-            granule=32 if jax.default_backend() == "cpu" else 128,
+            granule=granule(c.pad_to_multiple_of),
         )
         rows = shape.rows * shards
         first, last = row_range(self.mesh, rows)

@@ -11,11 +11,12 @@ from typing import Any
 from jax_dpo.arrays import Tree, flatten
 from jax_dpo.data.check import write_drops
 from jax_dpo.errors import UserError
-from jax_dpo.policy import Policy, save_model
+from jax_dpo.policy import Policy, load_model, save_model
 from jax_dpo.report.card import model_card
 from jax_dpo.report.records import Record
 from jax_dpo.sharding.place import fetch
 from jax_dpo.trainer.datasets import PairSet
+from jax_dpo.weights.peft import read_adapter
 
 # What a run writes; --overwrite_output_dir removes this and nothing else.
 OWN_FILES = ("run.jsonl", "verdict.json", "report.html", "dropped.jsonl")
@@ -62,6 +63,15 @@ def make_output_dir(output_dir: Path) -> None:
             "output-dir-unusable",
             f"output_dir {output_dir} cannot be written to: {e.strerror}. Give a directory that can, with --output_dir.",
         ) from e
+
+
+def trained_policy(output_dir: Path, policy: Policy, *, best: bool) -> Policy:
+    """The policy that a finished run left in `output_dir`: its best model, where that is wanted and there, or its final one."""
+    folder = output_dir / ("best" if best and (output_dir / "best").is_dir() else "final")
+    if policy.config.lora is None:
+        return load_model(folder)
+    base = policy.base()
+    return base.with_adapter(read_adapter(folder, base.config))
 
 
 def write_dropped(output_dir: Path, sets: Mapping[str, PairSet]) -> None:

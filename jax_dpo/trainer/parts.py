@@ -83,7 +83,7 @@ def plan_warnings(plan: Plan, config: DPOConfig) -> list[str]:
     return found
 
 
-def _schedule_options(config: DPOConfig) -> dict[str, Any]:
+def schedule_options(config: DPOConfig) -> dict[str, Any]:
     """`lr_scheduler_kwargs` as the schedules take them: ends as shares of the rate."""
     options = dict(config.lr_scheduler_kwargs or {})
     rate = config.learning_rate or 1.0
@@ -186,7 +186,7 @@ def assemble(
 
     peak = peak_of(jax.devices()[0].device_kind)
     warmup = warmup_of(config.warmup_steps, plan.total)
-    factor = schedule(config.lr_scheduler_type, total=plan.total, warmup=warmup, options=_schedule_options(config))
+    factor = schedule(config.lr_scheduler_type, total=plan.total, warmup=warmup, options=schedule_options(config))
     return Parts(
         plan=plan,
         step=engine.step,

@@ -35,6 +35,7 @@ class Start:
         where = self.path if self.path is not None else self.step
         state, meta = parts.checkpoints.restore(where, abstract)
         progress = Progress.from_meta(meta)
+        progress.keep_saved(parts.checkpoints.steps())
         if self.path is None or self.path.parent == parts.checkpoints.output_dir:
             parts.writers.log.truncate_after(self.step)
         record = parts.writers.write({"kind": "resume", "step": self.step, "from": f"checkpoint-{self.step}"})
@@ -70,9 +71,9 @@ def _decide(out: Path, wanted: bool | str | Path | None, config: DPOConfig, run:
         return Start()
     if wanted not in (True, "auto"):
         path = Path(str(wanted))
-        outputs.make_output_dir(out)
         with Checkpoints(path.parent, save_total_limit=None) as checkpoints:
             meta = checkpoints.read_meta(path)
+        outputs.make_output_dir(out)
         return Start(int(meta["step"]), path.absolute())
     if wanted == "auto" and outputs.holds_run(out):
         changed = _differences(out, run)
@@ -84,10 +85,10 @@ def _decide(out: Path, wanted: bool | str | Path | None, config: DPOConfig, run:
             )
         if outputs.finished(out):
             return Start(finished=True)
-    outputs.make_output_dir(out)
     with Checkpoints(out, save_total_limit=None) as checkpoints:
         found = checkpoints.latest_good()
     if found.step is not None:
+        outputs.make_output_dir(out)
         return Start(found.step)
     if wanted is True:
         why = " ".join(found.skipped) or "It has no complete checkpoint."
@@ -97,6 +98,7 @@ def _decide(out: Path, wanted: bool | str | Path | None, config: DPOConfig, run:
             "Leave it out to start, or write auto to start where there is nothing.",
         )
     outputs.clear_run(out)  # a run that was stopped before its first checkpoint starts over
+    outputs.make_output_dir(out)
     return Start()
 
 

@@ -27,14 +27,13 @@ def conclude(run: Run, loop: Loop, *, primary: bool) -> int:
     files = run.tokenizer.files
     records = parts.writers.log.records()
     export: dict[str, Any] = {"tokenizer_files": files, "primary": primary, "records": records}
-    if config.save_strategy != "no":
-        parts.display.busy("writing the model")
-        outputs.export(run.pairing.policy, loop.state.params, out / "final", **export)
-        if best is not None:
-            params = loop.state.params if best == progress.step else _restored(loop, best).params
-            outputs.export(run.pairing.policy, params, out / "best", step=best, **export)
-            if config.load_best_model_at_end and best != progress.step:
-                loop.state = _restored(loop, best)
+    parts.display.busy("writing the model")
+    outputs.export(run.pairing.policy, loop.state.params, out / "final", **export)
+    if best is not None:
+        state = loop.state if best == progress.step else _restored(loop, best)
+        outputs.export(run.pairing.policy, state.params, out / "best", step=best, **export)
+        if config.load_best_model_at_end:
+            loop.state = state
     wait_for_all("models written")
     named = None if best is None else {"step": best, "path": f"checkpoint-{best}", "score": progress.scores[best]}
     plan = parts.plan

@@ -5,6 +5,7 @@ A rewritten file may carry another form than the one that its readers know (tran
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,21 @@ NAMES = (
     "merges.txt",
 )
 TEMPLATE_FOLDER = "additional_chat_templates"
+
+
+def auto_tokenizer() -> Any:
+    """transformers' AutoTokenizer, imported without its advice that torch is missing: nothing here needs torch."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+    return AutoTokenizer
 
 
 def read_tokenizer_files(directory: Path) -> dict[str, bytes]:
@@ -49,10 +65,8 @@ def files_of_tokenizer(tokenizer: Any) -> dict[str, bytes]:
 
 
 def _same(tokenizer: Any, origin: Path) -> bool:
-    from transformers import AutoTokenizer
-
     try:
-        fresh = AutoTokenizer.from_pretrained(str(origin), local_files_only=True)
+        fresh = auto_tokenizer().from_pretrained(str(origin), local_files_only=True)
     except (OSError, ValueError):
         return False
     return type(fresh) is type(tokenizer) and _state(fresh) == _state(tokenizer)

@@ -18,6 +18,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.side:
         print(json.dumps(SIDES[options.side](options)))
         return 0
+    # So that a stopped comparison stops its side, too: subprocess.run ends the child when an exception passes.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if not options.theirs.is_file():
         parser.error(
             f"no TRL environment: {options.theirs} is missing. Make it with the last line of --help, or name one"

@@ -79,7 +79,10 @@ def demo(folder: Path, options: Sequence[str]) -> int:
         return code
     if samples := judge.last_samples(run / "run.jsonl"):
         score = judge.load_judge(fetched.judge)
-        print(f"\nThe samples, judged by word lists that never saw the training:\n{judge.table(samples, score)}")
+        print(
+            f"\nThe samples, judged by word lists that never saw the training (an impression: {len(samples)} answers a side)\n"
+            f"{judge.table(samples, score)}"
+        )
     print(summary(folder, run, time.monotonic() - began, code))
     return errors.OK
 

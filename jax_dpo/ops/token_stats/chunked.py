@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_dpo.arrays import TokenStats
+from jax_dpo.ops.token_stats.reference import weighted_sum
 
 CHUNK = 8192
 
@@ -83,8 +84,8 @@ def _accumulate(carry: _Carry, z, z_ref, ids, fresh, target) -> _Carry:
     return _Carry(
         m=m,
         s=carry.s * shrink + add(p),
-        a=carry.a * shrink + add(p * (z - z_ref)),
-        e=carry.e * shrink + add(p * z),
+        a=carry.a * shrink + weighted_sum(p, z - z_ref),
+        e=carry.e * shrink + weighted_sum(p, z),
         sq=carry.sq * shrink**2 + add(p**2),
         mean=carry.mean + add(jnp.where(fresh, z, 0.0)),
         zy=carry.zy + pick(z),

@@ -12,28 +12,30 @@ import jax
 import jax.numpy as jnp
 
 from jax_dpo.arrays import TokenStats
-from jax_dpo.ops.token_stats.reference import logits_of
+from jax_dpo.ops.token_stats.reference import logits_of, weighted_sum
 
 
 def _forward(hidden, ref_hidden, unembed, ref_unembed, target, softcap, scale):
     z, z_ref = logits_of(hidden, ref_hidden, unembed, ref_unembed, softcap, scale)
-    is_target = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2) == target[..., None]
+    ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2)
+    is_target = ids == target[..., None]
 
-    def normaliser(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def normaliser(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         top = jnp.max(z, axis=-1)
         total = jnp.sum(jnp.exp(z - top[..., None]), axis=-1)
-        return top + jnp.log(total), jnp.sum(jnp.where(is_target, z, 0.0), axis=-1)
+        return top + jnp.log(total), jnp.sum(jnp.where(is_target, z, 0.0), axis=-1), top
 
-    (lse, zy), (lse_ref, zy_ref) = normaliser(z), normaliser(z_ref)
+    (lse, zy, top), (lse_ref, zy_ref, _) = normaliser(z), normaliser(z_ref)
+    tied_before = jnp.sum(jnp.where((z >= top[..., None]) & (ids < target[..., None]), 1.0, 0.0), axis=-1)
     pi = jnp.exp(z - lse[..., None])
     stats = TokenStats(
         logp=zy - lse,
         ref_logp=zy_ref - lse_ref,
-        kl=jnp.sum(pi * ((z - lse[..., None]) - (z_ref - lse_ref[..., None])), axis=-1),
-        entropy=lse - jnp.sum(pi * z, axis=-1),
+        kl=weighted_sum(pi, (z - lse[..., None]) - (z_ref - lse_ref[..., None])),
+        entropy=lse - weighted_sum(pi, z),
         mean_logit=jnp.mean(z, axis=-1),
         log_sum_sq=jnp.log(jnp.sum(jnp.square(pi), axis=-1)),
-        top1=(jnp.argmax(z, axis=-1) == target).astype(jnp.float32),
+        top1=((zy >= top) & (tied_before == 0)).astype(jnp.float32),
     )
     return stats, (z, z_ref, lse, lse_ref)
 

@@ -31,6 +31,11 @@ def logits_of(
     return shape(z), jax.lax.stop_gradient(shape(z_ref))
 
 
+def weighted_sum(p: jax.Array, x: jax.Array) -> jax.Array:
+    """sum_v p_v x_v over the last axis, as a product of vectors: XLA's CPU backend takes 60 times as long for the sum of products."""
+    return jnp.einsum("...v,...v->...", p, x, precision=jax.lax.Precision.HIGHEST)
+
+
 def token_stats(
     hidden: jax.Array,
     ref_hidden: jax.Array,
