@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from importlib.util import find_spec
+from pathlib import Path
 
 from jax_dpo.errors import UserError
 
 # A process that is gone is noticed after this long; the others then end by themselves (JAX aborts them and says why).
 HEARTBEAT_SECONDS = 10
 JOIN_SECONDS = 120
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 
 
 def cluster_found() -> str | None:
@@ -22,6 +25,11 @@ def cluster_found() -> str | None:
         return "SLURM"
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1") or 1) > 1:
         return "Open MPI"
+    if os.environ.get("JAX_COORDINATOR_ADDRESS") or os.environ.get("JAX_COORDINATOR_PORT"):
+        return "the cluster that JAX_COORDINATOR_ADDRESS or JAX_COORDINATOR_PORT tells of"
+    # A Cloud TPU host sets nothing: JAX asks the machine's metadata, for a slice of one host too.
+    if find_spec("libtpu") is not None and any(Path(device).exists() for device in TPU_DEVICES):
+        return "Cloud TPU"
     return None
 
 

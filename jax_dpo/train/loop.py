@@ -380,6 +380,9 @@ class Loop:
         good = [s for s in progress.saved if s in progress.good]
         protect = {s for s in (progress.best_saved(parts.ranking), max(good, default=None)) if s is not None}
         parts.checkpoints.save(step, self.state, progress.meta(), parts.trainer_state(progress), protect=protect)
+        if jax.default_backend() == "cpu":
+            # There the saved arrays are the memory that the next step writes into: going on beside the save would take a second copy.
+            parts.checkpoints.wait()
 
     def _save(self) -> None:
         parts, progress, self.last_read = self.parts, self.progress, None
