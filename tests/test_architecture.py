@@ -25,6 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("weights", "report"),
     ("train", "policy"),
+    ("plan",),
     ("config", "doctor"),
     ("trainer",),
     ("cli", "__init__"),

@@ -25,6 +25,7 @@ TRL_DEFAULTS: dict[str, Any] = {
     "gradient_checkpointing": True,
     "bf16": None,
     "disable_dropout": True,
+    "pad_to_multiple_of": "auto",
     "max_length": 1024,
     "truncation_mode": "keep_start",
     "loss_type": ["sigmoid"],

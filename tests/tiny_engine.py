@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_dpo.arrays import flatten
 from jax_dpo.config import DPOConfig
 from jax_dpo.data.prepare import DataOptions, PreparedData
 from jax_dpo.data.tokens import Facts, TokenizedPairs, TokenTable
@@ -19,7 +20,6 @@ from jax_dpo.models.lora import LoraConfig
 from jax_dpo.policy import Policy
 from jax_dpo.sharding.mesh import make_mesh, row_shards
 from jax_dpo.train.evaluate import evaluate
-from jax_dpo.train.metrics import named
 from jax_dpo.train.plan import Plan
 from jax_dpo.train.state import Knobs
 from jax_dpo.trainer.datasets import PairSet
@@ -100,11 +100,11 @@ def pair_set(n: int, seed: int = 0, vocabulary: int = VOCABULARY) -> PairSet:
 
 @dataclass
 class Trajectory:
-    """What a few steps left behind: metrics of every step and of an evaluation, and the weights."""
+    """What a few steps left behind: the sums of every step, the metrics of an evaluation before the first, the weights at the end."""
 
     losses: list[float]
     norms: list[float]
-    metrics: list[dict[str, float]]
+    sums: list[dict[str, float]]
     evaluation: dict[str, float]
     weights: dict[str, np.ndarray]
     micro_batches: list[int]
@@ -149,10 +149,7 @@ def knobs_of(engine: Engine, rate: float = 1e-3, beta: float = 0.1) -> Knobs:
 
 
 def run(engine: Engine, steps: int = 4) -> Trajectory:
-    """`steps` optimizer steps, an evaluation before the first one and after the last."""
-    import optax
-
-    del optax
+    """An evaluation, then `steps` optimizer steps."""
     state = engine.fresh_state()
     frozen = engine.frozen(state)
     assert engine.plan is not None
@@ -165,13 +162,10 @@ def run(engine: Engine, steps: int = 4) -> Trajectory:
         state, results = engine.step(
             state, frozen, arrays, jnp.int32(batch.micro_batches), knobs_of(engine), jax.random.key(k)
         )
-        sums = jax.device_get(results["sums"])
         assert bool(results["finite"])
-        found.metrics.append(named(sums._asdict()))
-        found.losses.append(found.metrics[-1]["loss"])
+        found.sums.append({name: float(x) for name, x in results["sums"]._asdict().items()})
+        found.losses.append(found.sums[-1]["loss"])
         found.norms.append(float(results["grad_norm"]))
         found.micro_batches.append(batch.micro_batches)
-    from jax_dpo.arrays import flatten
-
     found.weights = {path: np.asarray(x) for path, x in flatten(state.params).items()}
     return found

@@ -66,7 +66,7 @@ def within(low: float, high: float, *, open_high: bool = False, open_low: bool =
     def holds(value: float) -> bool:
         return (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
 
-    return Check(f"a number in {left}{low:g}, {high:g}{right}", holds)
+    return Check(f"a number in {left}{low:.10g}, {high:.10g}{right}", holds)
 
 
 def count_or(*special: int) -> Check:

@@ -181,7 +181,7 @@ class DPOConfig:
     eval_on_start: bool = option(False, "Evaluate before the first step too.", group="Evaluation")
     generate_samples: int = option(
         0,
-        "Number of held-out prompts that the reference and the policy answer, at the start and at the end.",
+        "Number of held-out prompts that the reference and the policy answer at the end, side by side.",
         group="Evaluation",
         check=at_least(0),
     )

@@ -84,6 +84,10 @@ def _same(x: jax.Array) -> jax.Array:
     return x
 
 
+def _look(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    return table[tokens]
+
+
 def hidden_states(
     config: ModelConfig,
     params: Mapping[str, Any],
@@ -95,7 +99,7 @@ def hidden_states(
     remat: bool = False,
     dropout_key: jax.Array | None = None,
     constrain: Callable[[jax.Array], jax.Array] = _same,
-    replicate: Callable[[jax.Array], jax.Array] = _same,
+    lookup: Callable[[jax.Array, jax.Array], jax.Array] = _look,
     implementation: str = "chunked",
 ) -> jax.Array:
     """Final hidden states (after the last norm) of packed trees.
@@ -107,7 +111,7 @@ def hidden_states(
         of the linear layers are kept too.
       dropout_key: turns the adapter's dropout on.
       constrain: puts the sharding of activations [R, T, D] where automatic partitioning would guess.
-      replicate: the same for the embedding table before the lookup.
+      lookup: table [V, D] and ids [R, T] -> [R, T, D], where the table is cut over devices.
     Returns:
       [R, T, D] in the dtype of the embeddings.
     """
@@ -134,7 +138,7 @@ def hidden_states(
     if not remat:
         keep = policies.save_from_both_policies(keep, policies.dots_with_no_batch_dims_saveable)
     body = jax.checkpoint(body, policy=keep, prevent_cse=False)
-    x = constrain(replicate(model.model.embed_tokens.weight[...])[tokens])
+    x = constrain(lookup(model.model.embed_tokens.weight[...], tokens))
     index = jnp.arange(config.num_layers, dtype=jnp.int32)
     per_layer = (nnx.to_pure_dict(stacked), jnp.asarray(window_of_layer), jnp.asarray(rope_of_layer), index)
     x, _ = jax.lax.scan(body, x, per_layer)

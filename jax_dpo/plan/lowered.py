@@ -76,7 +76,9 @@ def abstract_batch(mesh: Mesh, shape: RowShape, micro_batches: int) -> Batch:
     rows = shape.rows * row_shards(mesh)
     place = NamedSharding(mesh, PartitionSpec(None, ROWS))
     one = empty_batch(1, shape)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((micro_batches, rows, *x.shape[1:]), x.dtype, sharding=place), one)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((micro_batches, rows, *x.shape[1:]), x.dtype, sharding=place), one
+    )
 
 
 def lower_step(
@@ -99,7 +101,7 @@ def lower_step(
     state = abstract_state(abstract_params(facts.policy), tx, mesh)
     step: Any = make_step(facts, options, tx, mesh, state, max_grad_norm=max_grad_norm)
     everywhere = replicated(mesh)
-    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)  # noqa: E731
+    scalar: Any = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)  # noqa: E731
     key = jax.eval_shape(lambda: jax.random.key(0))
     return step.lower(
         state,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,30 +165,33 @@ class Loop:
           Stopped: a signal asked for it; everything is saved.
           UserError: numbers that are not finite, no space left, ...
         """
-        plan, progress = self.parts.plan, self.progress
-        if progress.step == 0 and plan.eval_on_start and self.parts.eval_sets:
+        plan = self.parts.plan
+        if self.progress.step == 0 and plan.eval_on_start and self.parts.eval_sets:
             self._evaluate()
-        while progress.step < plan.total:
-            batches = prefetch(self._batches())
+        while self.progress.step < plan.total:
+            self._train_on(stop)
+        self.parts.checkpoints.wait()
+        return self.state
+
+    def _train_on(self, stop: StopRequest) -> None:
+        """Steps from where the run stands to its end, or to a rollback: that puts another `progress` in place, and other batches."""
+        plan = self.parts.plan
+        with closing(prefetch(self._batches())) as batches:
             for batch, arrays in batches:
                 self._take_step(batch, arrays)
-                step = progress.step
-                stopping = stop.asked()
-                due = plan.logs_at(step) or plan.evaluates_at(step) or plan.saves_at(step) or stopping
-                if due:
+                step = self.progress.step
+                stopping = stop.asked() and step < plan.total
+                if plan.logs_at(step) or plan.evaluates_at(step) or plan.saves_at(step) or stopping:
                     self._drain()
                 if plan.logs_at(step):
                     self._log()
                 rolled_back = plan.evaluates_at(step) and self._evaluate()
                 if rolled_back:
-                    break
-                if plan.saves_at(step) or (stopping and step < plan.total):
+                    return
+                if plan.saves_at(step) or stopping:
                     self._save()
-                if stopping and step < plan.total:
+                if stopping:
                     self._stop(stop)
-            batches.close()
-        self.parts.checkpoints.wait()
-        return self.state
 
     def _batches(self) -> Iterator[tuple[StepBatch, Batch]]:
         """Batches from where the data stands, already on their way to the devices."""

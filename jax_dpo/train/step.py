@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jax_dpo.arrays import Tree, overlay
 from jax_dpo.data.batch import BRANCHES, Batch
@@ -20,6 +20,7 @@ from jax_dpo.models.decoder import cast_for_compute, hidden_states, unembedding
 from jax_dpo.ops.token_stats.api import TokenStats, token_stats
 from jax_dpo.sharding.mesh import replicated
 from jax_dpo.sharding.rules import activations, like_params, shardings
+from jax_dpo.sharding.tables import lookup, parts_of
 from jax_dpo.train.metrics import Sums, step_sums
 from jax_dpo.train.optimizer import clip
 from jax_dpo.train.state import Facts, Frozen, Knobs, TrainState
@@ -36,8 +37,7 @@ def _scored(facts: Facts, config: ModelConfig, params: Tree, batch: Batch, mesh:
         batch.pair,
         batch.branch,
         constrain=constrain,
-        # A lookup in a table that is cut over both axes would move rows between all devices.
-        replicate=partial(jax.lax.with_sharding_constraint, shardings=replicated(mesh)),
+        lookup=lookup(mesh),
         implementation=facts.attention,
         **options,
     )
@@ -56,17 +56,17 @@ def statistics(
     reference = overlay(base, own) if facts.reference_on_base else own
     hidden = _scored(facts, facts.policy, policy, batch, mesh, remat=facts.remat, dropout_key=key)
     ref_hidden = jax.lax.stop_gradient(_scored(facts, facts.reference, reference, batch, mesh))
-    # Gathered once, before a loop over its chunks could gather it again and again.
-    whole = NamedSharding(mesh, PartitionSpec("tensor" if facts.vocabulary_shards > 1 else None, None))
-    head = lambda config, p: jax.lax.with_sharding_constraint(unembedding(config, p), whole)  # noqa: E731
+    gather, spread = parts_of(mesh, vocabulary_shards=facts.vocabulary_shards)
     return token_stats(
         hidden,
         ref_hidden,
-        head(facts.policy, policy),
-        None if facts.shared_head else head(facts.reference, reference),
+        unembedding(facts.policy, policy),
+        None if facts.shared_head else unembedding(facts.reference, reference),
         batch.target,
         row_shards=facts.row_shards,
         vocabulary_shards=facts.vocabulary_shards,
+        gather=gather,
+        spread=spread,
     )
 
 

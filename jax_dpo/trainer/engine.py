@@ -12,15 +12,14 @@ import jax
 import numpy as np
 import optax
 
-from jax_dpo.arrays import flatten
 from jax_dpo.config import DPOConfig
 from jax_dpo.data.batch import Batch
 from jax_dpo.data.loader import Feed, StepBatch, evaluation_batches, step_batch
 from jax_dpo.data.order import Position, pairs_at
 from jax_dpo.data.pack import RowShape, Sizes, choose_shape, micro_batches, pack
 from jax_dpo.loss.family import LossOptions
-from jax_dpo.models.decoder import describe, is_adapter
 from jax_dpo.ops.attention.api import choose
+from jax_dpo.plan.lowered import abstract_params, abstract_state
 from jax_dpo.policy import Policy
 from jax_dpo.sharding.mesh import make_mesh, replicated, row_shards
 from jax_dpo.sharding.place import batch_to_devices, row_range
@@ -29,7 +28,7 @@ from jax_dpo.train.flops import attended_of, cost_of, work_of
 from jax_dpo.train.optimizer import adamw
 from jax_dpo.train.plan import Plan
 from jax_dpo.train.state import TrainState
-from jax_dpo.train.step import make_evaluation, make_step, state_shardings
+from jax_dpo.train.step import make_evaluation, make_step
 from jax_dpo.trainer.datasets import PairSet
 from jax_dpo.trainer.models import Pairing, facts_of, frozen_of, place, trained_leaves
 
@@ -110,22 +109,12 @@ class Engine:
     @cached_property
     def abstract_params(self) -> Any:
         """Shapes of the trained parameters."""
-        _, tree = describe(self.facts.policy)
-        if self.facts.policy.lora is None:
-            return tree
-        from jax_dpo.arrays import unflatten
-
-        return unflatten({p: x for p, x in flatten(tree).items() if is_adapter(p)})
+        return abstract_params(self.facts.policy)
 
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the whole train state."""
-        params = self.abstract_params
-        step = jax.ShapeDtypeStruct((), np.int32)
-        state = TrainState(step, params, jax.eval_shape(self.tx.init, params))
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state_shardings(state, self.mesh)
-        )
+        return abstract_state(self.abstract_params, self.tx, self.mesh)
 
     def fresh_state(self) -> TrainState:
         """The state before step 1, read from the model's files."""

@@ -11,7 +11,7 @@ import pytest
 from tiny import chat_rows, make_model, scored_rows, text_rows, write_rows
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Of the eight virtual devices these tests see the first: with all of them a step would take eight times the pairs."""
     import jax

@@ -25,7 +25,15 @@ def test_a_second_run_is_refused_with_both_ways_out(usual: dict[str, Any], tmp_p
 
     # Over again: what the run wrote is gone, what the user put there is not.
     again = tiny.jax_dpo(
-        "train", *options, "--learning_rate", 1e-4, "--save_strategy", "no", "--overwrite_output_dir", "--output_dir", out
+        "train",
+        *options,
+        "--learning_rate",
+        1e-4,
+        "--save_strategy",
+        "no",
+        "--overwrite_output_dir",
+        "--output_dir",
+        out,
     )
     assert again.code == 0, again.err
     assert tiny.checkpoints(out) == []
@@ -73,7 +81,12 @@ def early(evaluated: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     """Six evaluated steps of which the KL leaves its bound after the second, with room for one checkpoint."""
     out = tmp_path_factory.mktemp("early") / "out"
     options = {**evaluated, "max_steps": 6, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1}
-    options |= {"learning_rate": 2e-3, "lr_scheduler_type": "constant", "target_kl": 0.1, "load_best_model_at_end": True}
+    options |= {
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "constant",
+        "target_kl": 0.1,
+        "load_best_model_at_end": True,
+    }
     return out, tiny.jax_dpo("train", *tiny.flags(options), "--output_dir", out)
 
 
@@ -124,7 +137,9 @@ def test_metric_for_best_model_ranks(evaluated: dict[str, Any], tmp_path: Path) 
     options |= {"max_steps": 4, "eval_steps": 1, "save_steps": 1, "learning_rate": 2e-2, "target_kl": 1e-3}
     trainer = DPOTrainer(
         model=evaluated["model_name_or_path"],
-        args=DPOConfig(out, **options, metric_for_best_model="eval_loss", load_best_model_at_end=True, lr_scheduler_type="constant"),
+        args=DPOConfig(
+            out, **options, metric_for_best_model="eval_loss", load_best_model_at_end=True, lr_scheduler_type="constant"
+        ),
         train_dataset=str(evaluated["dataset_name"]),
         eval_dataset=str(evaluated["eval_dataset"]),
     )

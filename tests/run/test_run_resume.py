@@ -70,7 +70,10 @@ def test_sigterm_saves_and_the_same_command_finishes(options: list[str], unbroke
     assert stopped.returncode == 75, stopped.stderr
     assert stopped.stderr == ""
     last = stopped.stdout.rstrip().splitlines()[-1]
-    assert last == "stopped by a signal at step 5 of 8; saved as checkpoint-5; run the same command again to go on; exit 75"
+    assert (
+        last
+        == "stopped by a signal at step 5 of 8; saved as checkpoint-5; run the same command again to go on; exit 75"
+    )
     assert tiny.checkpoints(out) == ["checkpoint-3", "checkpoint-5"]
     assert tiny.records(out)[-1]["kind"] == "end" and tiny.records(out)[-1]["reason"] == "signal"
     assert "stopped by a signal" in (out / "report.html").read_text(encoding="utf-8")
@@ -91,7 +94,9 @@ def test_a_finished_run_is_left_alone(options: list[str], unbroken: Path) -> Non
     before = tiny.snapshot(unbroken)
     ended = tiny.jax_dpo("train", *options, "--output_dir", unbroken)
     assert ended.code == 0
-    assert ended.last_line == f"{unbroken} holds this run, finished: nothing to do. --overwrite_output_dir starts it over."
+    assert (
+        ended.last_line == f"{unbroken} holds this run, finished: nothing to do. --overwrite_output_dir starts it over."
+    )
     assert tiny.snapshot(unbroken) == before
 
 

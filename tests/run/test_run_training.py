@@ -19,7 +19,9 @@ TRL |= {f"{a}/{b}" for a in ("rewards", "logps", "logits") for b in ("chosen", "
 TRL |= {"rewards/accuracies", "rewards/margins"}
 ADDED = {"kl_divergence", "kl_divergence/chosen", "kl_divergence/rejected", "beta", "kl_coef", "step_time"}
 ADDED |= {"tokens_per_second", "pairs_per_second", "row_fill"}
-EVAL = {f"eval_{name}" for name in (TRL | ADDED) - {"epoch", "learning_rate", "grad_norm", "beta", "kl_coef", "step_time"}}
+EVAL = {
+    f"eval_{name}" for name in (TRL | ADDED) - {"epoch", "learning_rate", "grad_norm", "beta", "kl_coef", "step_time"}
+}
 EVAL -= {"eval_tokens_per_second", "eval_pairs_per_second", "eval_row_fill"}
 EVAL |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "beta"}
 

@@ -24,11 +24,12 @@ class Bounds(NamedTuple):
     hole_hi: jax.Array
 
 
-def _start_of_run(ids: jax.Array) -> jax.Array:
-    """For every place of [R, T] the place where its run of equal ids began."""
-    T = ids.shape[1]
+def _start_of_run(*ids: jax.Array) -> jax.Array:
+    """For every place of [R, T] the place where its run of equal ids (all of them) began."""
+    T = ids[0].shape[1]
     place = jnp.arange(T, dtype=jnp.int32)[None, :]
-    first = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+    change = jnp.any(jnp.stack([x[:, 1:] != x[:, :-1] for x in ids]), axis=0)
+    first = jnp.concatenate([jnp.ones_like(ids[0][:, :1], bool), change], axis=1)
     return jax.lax.cummax(jnp.where(first, place, 0), axis=1)
 
 
@@ -44,7 +45,7 @@ def tree_bounds(pair: jax.Array, branch: jax.Array, window: int | None = None) -
     T = pair.shape[1]
     q = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], pair.shape)
     tree_start = _start_of_run(pair)
-    branch_start = _start_of_run(pair * (jnp.max(branch) + 1) + branch)
+    branch_start = _start_of_run(pair, branch)
     in_branch = branch > 0
     # The prompt's end is where the tree's first branch begins: the first run of branch > 0 after the tree's start.
     prompt_length = jnp.where(branch == 0, q - tree_start + 1, 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 
@@ -13,6 +15,32 @@ from jax_dpo.ops.token_stats import chunked, dense
 DENSE_BYTES = 256 * 2**20
 
 __all__ = ["TokenStats", "token_stats"]
+
+Place = Callable[[jax.Array], jax.Array]
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(unembed: jax.Array, gather: Place, spread: Place) -> jax.Array:
+    """An unembedding [S, V/S, D] on every device that needs it; its gradient is laid out as it came, and never whole."""
+    del spread
+    return gather(unembed)
+
+
+def _gathered_fwd(unembed: jax.Array, gather: Place, spread: Place) -> tuple[jax.Array, None]:
+    del spread
+    return gather(unembed), None
+
+
+def _gathered_bwd(gather: Place, spread: Place, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    del gather
+    return (spread(cotangent),)
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
 def token_stats(
@@ -26,6 +54,8 @@ def token_stats(
     scale: float = 1.0,
     row_shards: int = 1,
     vocabulary_shards: int = 1,
+    gather: Place = _same,
+    spread: Place = _same,
 ) -> TokenStats:
     """What is known of each scored token, [R, K] each, without logits for more than one chunk of the vocabulary.
 
@@ -36,12 +66,19 @@ def token_stats(
       ref_unembed: [V, D] the reference's, or None where it is the same array as the policy's.
       target: [R, K] int32 token ids.
       softcap, scale: logits become softcap * tanh(scale * z / softcap), where a family has it.
-      row_shards, vocabulary_shards: over how many devices rows and vocabulary are spread.
+      row_shards, vocabulary_shards: over how many devices rows and vocabulary are spread; the latter divides V.
+      gather: puts a part [vocabulary_shards, C, D] of an unembedding that is cut along D onto every device, whole but for its first
+        axis.
+      spread: lays the gradient of an unembedding [vocabulary_shards, V/vocabulary_shards, D] out as the unembedding lies.
     """
-    V = unembed.shape[0]
-    if math.prod(target.shape) * V * 4 <= DENSE_BYTES * row_shards * vocabulary_shards:
-        return dense.token_stats(hidden, ref_hidden, unembed, ref_unembed, target, softcap=softcap, scale=scale)
-    shards = vocabulary_shards if V % vocabulary_shards == 0 else 1
+    V, D = unembed.shape
+    shards = vocabulary_shards
+    cut = lambda w: w.reshape(shards, V // shards, D)  # noqa: E731
+    ref = None if ref_unembed is None else cut(ref_unembed)
+    if math.prod(target.shape) * V * 4 <= DENSE_BYTES * row_shards * shards:
+        whole = lambda w: _gathered(w, gather, spread).reshape(V, D)  # noqa: E731
+        ref = None if ref is None else whole(ref)
+        return dense.token_stats(hidden, ref_hidden, whole(cut(unembed)), ref, target, softcap=softcap, scale=scale)
     return chunked.token_stats(
-        hidden, ref_hidden, unembed, ref_unembed, target, softcap=softcap, scale=scale, shards=shards
+        hidden, ref_hidden, cut(unembed), ref, target, softcap=softcap, scale=scale, gather=gather, spread=spread
     )

@@ -1,0 +1,103 @@
+"""The same global batch on one device and on meshes of eight: one trajectory; the oracle is the run on one device."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import tiny_engine as tiny
+
+from jax_dpo.ops.token_stats import api, chunked
+
+ONE = (1, 1, 1)
+# Small gradients are noise, and Adam makes steps of full size of them unless eps is well above it.
+EPSILON = 1e-6
+
+
+@lru_cache(maxsize=2)
+def on_one_device(lora: bool) -> tiny.Trajectory:
+    return tiny.run(tiny.engine_on(ONE, lora=lora, adam_epsilon=EPSILON))
+
+
+def check_start(found: tiny.Trajectory) -> None:
+    """Nothing is trained yet: equal to the bit, though the loss's logarithm may round."""
+    first, before = found.sums[0], found.evaluation
+    assert abs(first["loss"] - math.log(2)) < 2e-7
+    assert abs(before["eval_loss"] - math.log(2)) < 2e-7
+    for side in ("chosen", "rejected"):
+        assert first[f"reward_{side}"] == 0
+        assert first[f"kl_{side}"] == 0  # the sum, which no clamp has touched
+        assert before[f"eval_rewards/{side}"] == 0
+        assert before[f"eval_kl_divergence/{side}"] == 0
+
+
+def check_same(found: tiny.Trajectory, want: tiny.Trajectory) -> None:
+    np.testing.assert_allclose(found.losses, want.losses, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(found.norms, want.norms, rtol=5e-6)
+    for step, (a, b) in enumerate(zip(found.sums, want.sums)):
+        for name in b:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-5, atol=5e-5, err_msg=f"{name} of step {step + 1}")
+    assert found.sums[-1]["kl_chosen"] > 1e-3  # it has moved
+    for path, weight in want.weights.items():
+        difference = np.abs(found.weights[path] - weight)
+        assert difference.max() < 2e-5, path
+        assert difference.mean() < 5e-8, path
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_one_device_starts_at_zero(lora: bool) -> None:
+    check_start(on_one_device(lora))
+
+
+@pytest.mark.parametrize("mesh", tiny.MESHES)
+def test_meshes_take_the_same_steps(mesh: tuple[int, int, int]) -> None:
+    found = tiny.run(tiny.engine_on(mesh, adam_epsilon=EPSILON))
+    check_start(found)
+    check_same(found, on_one_device(False))
+
+
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(mesh, marks=[] if mesh == (2, 2, 2) else pytest.mark.slow) for mesh in tiny.MESHES]
+)
+def test_meshes_take_the_same_steps_with_an_adapter(mesh: tuple[int, int, int]) -> None:
+    found = tiny.run(tiny.engine_on(mesh, lora=True, adam_epsilon=EPSILON))
+    check_start(found)
+    check_same(found, on_one_device(True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [ONE, *tiny.MESHES])
+def test_micro_batches_take_the_same_steps(mesh: tuple[int, int, int]) -> None:
+    found = tiny.run(tiny.engine_on(mesh, micro_batch_tokens=100, adam_epsilon=EPSILON))
+    if mesh == ONE:
+        assert min(found.micro_batches) > 4 and len(set(found.micro_batches)) > 1
+    check_start(found)
+    check_same(found, on_one_device(False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("mesh", [ONE, *tiny.MESHES])
+def test_vocabulary_chunks_take_the_same_steps(
+    mesh: tuple[int, int, int], lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = on_one_device(lora)
+    monkeypatch.setattr(api, "DENSE_BYTES", 0)
+    monkeypatch.setattr(chunked, "CHUNK", 48)
+    found = tiny.run(tiny.engine_on(mesh, lora=lora, adam_epsilon=EPSILON))
+    check_start(found)
+    check_same(found, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [ONE, *tiny.MESHES])
+@pytest.mark.parametrize(
+    "options",
+    [{"bf16": True}, {"gradient_checkpointing": False}, {"bf16": True, "lora": True}],
+    ids=["bf16", "no recomputation", "bf16 adapter"],
+)
+def test_every_way_of_computing_starts_at_zero(mesh: tuple[int, int, int], options: dict[str, bool]) -> None:
+    tied = tiny.shape_of(tie_word_embeddings=True, num_hidden_layers=2)
+    check_start(tiny.run(tiny.engine_on(mesh, shape=tied, **options), steps=1))
