@@ -68,13 +68,14 @@ def policy_of(config: ModelConfig, seed: int = 0) -> Policy:
     return Policy(files, dict(leaves), config)
 
 
-def pairing_of(config: ModelConfig, *, lora: bool = False, seed: int = 0) -> Pairing:
+def pairing_of(config: ModelConfig, *, lora: bool = False, dropout: float = 0.0, seed: int = 0) -> Pairing:
     """The policy held against its own start, or a fresh adapter held against its base."""
     policy = policy_of(config, seed)
     if not lora:
         return Pairing(policy, START)
-    adapter = new_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj", "down_proj"]), config, 0)
-    return Pairing(policy.with_adapter(adapter), BASE)
+    targets = ["q_proj", "o_proj", "down_proj"]
+    wanted = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
+    return Pairing(policy.with_adapter(new_adapter(wanted, config, 0)), BASE)
 
 
 def pair_set(n: int, seed: int = 0, vocabulary: int = VOCABULARY) -> PairSet:
@@ -118,6 +119,7 @@ def engine_on(
     held_out: int = 12,
     steps: int = 4,
     lora: bool = False,
+    dropout: float = 0.0,
     shape: ModelConfig | None = None,
     **options: Any,
 ) -> Engine:
@@ -138,7 +140,7 @@ def engine_on(
     }
     config = DPOConfig("unused", **{**chosen, **options})
     plan = Plan(train, per_device, row_shards(grid), steps, 1, 1, 0)
-    pairing = pairing_of(shape or shape_of(), lora=lora)
+    pairing = pairing_of(shape or shape_of(), lora=lora, dropout=dropout)
     engine = Engine(config, pairing, pair_set(train), {None: pair_set(held_out, seed=1)}, plan)
     engine.__dict__["mesh"] = grid  # a part of the devices, where the run itself takes all
     return engine

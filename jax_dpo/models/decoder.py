@@ -133,11 +133,8 @@ def hidden_states(
 
     # What is kept between forward and backward: with `remat` the attention alone, else the products of the linear layers too. What
     # lies between them (norms, activations, rotations) costs less to make again than to write and read.
-    policies = jax.checkpoint_policies
-    keep = policies.save_only_these_names("attention_out", "attention_lse")
-    if not remat:
-        keep = policies.save_from_both_policies(keep, policies.dots_with_no_batch_dims_saveable)
-    body = jax.checkpoint(body, policy=keep, prevent_cse=False)
+    kept = ("attention_out", "attention_lse", *(() if remat else ("linear_out",)))
+    body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*kept), prevent_cse=False)
     x = constrain(lookup(model.model.embed_tokens.weight[...], tokens))
     index = jnp.arange(config.num_layers, dtype=jnp.int32)
     per_layer = (nnx.to_pure_dict(stacked), jnp.asarray(window_of_layer), jnp.asarray(rope_of_layer), index)

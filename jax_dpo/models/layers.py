@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_dpo.models.config import ModelConfig, has_bias, linear_shapes
 from jax_dpo.models.lora import LoraSpec
@@ -67,7 +68,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """[R, T, in] -> [R, T, out], in the dtype of `x`."""
-        y = product(x, self.weight[...].astype(x.dtype))
+        # Named, since rematerialisation does not look into `product` for what it may keep.
+        y = checkpoint_name(product(x, self.weight[...].astype(x.dtype)), "linear_out")
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(x.dtype)
         if self.lora is None:
