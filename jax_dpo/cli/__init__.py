@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         return _say(stopped.message, STOPPED)
     except UserError as error:
-        return _say(f"error: {error.message} [{error.name}]", USER_INPUT)
+        return _alone(_say(f"error: {error.message} [{error.name}]", USER_INPUT))
     except Exception as error:
-        return _unexpected(error)
+        return _alone(_unexpected(error))
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -95,6 +95,15 @@ def _unexpected(error: Exception) -> int:
         "This should not have happened. Please report it with the lines above and the output of `jax-dpo doctor`.",
         UNEXPECTED,
     )
+
+
+def _alone(code: int) -> int:
+    """Ends one of several processes at once after an error; the others wait for it in vain."""
+    if "jax" in sys.modules:
+        from jax_dpo.sharding.multihost import abandon
+
+        abandon(code)
+    return code
 
 
 def _say(message: str, code: int) -> int:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from jax_dpo.errors import UserError
+from jax_dpo.errors import USER_INPUT, UserError
 
-# A process that is gone is noticed after this long; the others then end by themselves (JAX aborts them and says why).
+# A process that is gone is noticed after this long; JAX then aborts the others.
 HEARTBEAT_SECONDS = 10
 JOIN_SECONDS = 120
 TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
@@ -37,7 +43,7 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None)
     """Joins the run's other processes, once; does nothing where there is only this one.
 
     Raises:
-      UserError: options that are given only in part; not all processes came in time.
+      UserError: options that are given only in part. Where not all processes come in JOIN_SECONDS the process ends, saying so.
     """
     import jax
 
@@ -53,25 +59,126 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None)
         )
     if jax.distributed.is_initialized():
         return
-    began = time.monotonic()
+    # JAX ends a process whose peers do not come with an abort and a stack trace, so this clock runs out first.
+    clock = threading.Timer(
+        JOIN_SECONDS, _give_up, (coordinator or f"the coordinator of {cluster}", processes, process_id)
+    )
+    clock.daemon = True
+    clock.start()
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator,
             num_processes=processes,
             process_id=process_id,
-            initialization_timeout=JOIN_SECONDS,
+            initialization_timeout=JOIN_SECONDS + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=30,
         )
     except Exception as e:
-        where = coordinator or f"the coordinator of {cluster}"
         raise UserError(
             "cluster-not-joined",
-            f"Process {process_id if process_id is not None else '?'} of {processes or 'the run'} waited "
-            f"{time.monotonic() - began:.0f} s at {where} and not all came ({type(e).__name__}: {str(e).splitlines()[0]}). "
-            "Two usual causes: the command was started on one host only (start it on all of them), or a firewall closes the "
-            "coordinator's port (open it between the hosts).",
+            f"The processes of this run cannot be joined at {coordinator or f'the coordinator of {cluster}'}: {e}",
         ) from e
+    finally:
+        clock.cancel()
+    if jax.process_count() > 1:
+        _leave_a_word(jax.process_index(), jax.process_count())
+
+
+def _give_up(where: str, processes: int | None, process_id: int | None) -> None:
+    """Says who is missing and ends the process, which is waiting inside JAX and could not be told."""
+    joined = _connections(where) if process_id == 0 else None
+    if process_id not in (0, None) and not _answers(where):
+        found = "nobody answers there, so process 0 is not running, or a firewall closes the port"
+    elif joined is not None and processes is not None:
+        found = f"{joined} of {processes} joined"
+    else:
+        found = "not all joined"
+    print(
+        f"error: process {process_id if process_id is not None else '?'} of {processes or 'the run'} waited {JOIN_SECONDS} s at {where}: "
+        f"{found}. Start the command on all hosts, each with its own process_id, and open the port between them. [cluster-not-joined]",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(USER_INPUT)
+
+
+def _answers(where: str) -> bool:
+    """Whether somebody listens at `host:port`."""
+    host, _, port = where.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _connections(where: str) -> int | None:
+    """How many connections this machine's port of `host:port` has: one for each process that came. None where Linux does not say."""
+    port, established = where.rpartition(":")[2], "01"
+    if not port.isdigit():
+        return None
+    lines: list[str] = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines += Path(table).read_text(encoding="ascii").splitlines()[1:]
+        except OSError:
+            continue
+    fields = [line.split() for line in lines]
+    return sum(f[1].endswith(f":{int(port):04X}") and f[3] == established for f in fields) or None
+
+
+_shell: subprocess.Popen[bytes] | None = None
+
+
+def _leave_a_word(process_id: int, processes: int) -> None:
+    """Starts a shell that explains the end of this process if it ends without a word of its own.
+
+    JAX aborts a process whose peer is lost: nothing in Python runs then, and what it prints is a stack trace. The shell waits for a
+    line; where its pipe closes without one, it speaks.
+    """
+    global _shell
+    shell = shutil.which("sh")
+    if shell is None:
+        return
+    text = (
+        f"error: process {process_id} of {processes} has ended in the middle of the run: it was killed, or JAX ended it because "
+        f"another process is lost (not heard of for {HEARTBEAT_SECONDS} s; the lines above name it as a task). Checkpoints are "
+        "whole: start the same command on all hosts again, with --resume_from_checkpoint auto, and the run goes on from the last one."
+    )
+    script = 'read -r line || printf "%s\\n" "$0" >&2'
+    _shell = subprocess.Popen([shell, "-c", script, text], stdin=subprocess.PIPE, start_new_session=True)
+    atexit.register(say_nothing)
+
+
+def say_nothing() -> None:
+    """This process ends by itself and has said why: the shell of `_leave_a_word` need not."""
+    global _shell
+    shell, _shell = _shell, None
+    if shell is not None and shell.stdin is not None:
+        try:
+            shell.stdin.write(b"\n")
+            shell.stdin.close()
+        except OSError:
+            return
+        shell.wait(timeout=5)
+
+
+def abandon(code: int) -> None:
+    """After an error: ends the process at once where it is one of several, which know nothing of the error and would not answer.
+
+    They are told by JAX, which misses this one. Does nothing in a run of one process.
+    """
+    import jax
+
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    say_nothing()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(2)  # the others lose their coordinator with it: whoever has found the same error may say so first
+    os._exit(code)
 
 
 def leave() -> None:
@@ -80,6 +187,7 @@ def leave() -> None:
 
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
+    say_nothing()
 
 
 def is_primary() -> bool:
@@ -87,6 +195,18 @@ def is_primary() -> bool:
     import jax
 
     return jax.process_index() == 0
+
+
+def from_primary(number: int) -> int:
+    """The primary's number, on every process; all of them call it."""
+    import jax
+
+    if jax.process_count() == 1:
+        return number
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def wait_for_all(what: str) -> None:

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 from jax_dpo.errors import STOPPED
+from jax_dpo.sharding.multihost import say_nothing
 
 _ASKED = (signal.SIGTERM, signal.SIGINT)
 
@@ -22,6 +23,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
+        self._votes: Any = None
+        self._count: Any = None
+        self._place: Any = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -35,19 +39,35 @@ class StopRequest:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.signal is not None:
+            say_nothing()
             os._exit(STOPPED)
         self.signal = number
 
     def asked(self) -> bool:
-        """Whether this process, or with several processes any of them, was asked to stop; all get the same answer."""
+        """Whether this process, or with several processes any of them, was asked to stop; all get the same answer.
+
+        Asked once a step. With several processes the answer is that of the step before: its vote is counted on the devices behind
+        the step itself, and nobody waits for it.
+        """
         import jax
 
         if jax.process_count() == 1:
             return self.signal is not None
-        import numpy as np
-        from jax.experimental import multihost_utils
+        before, self._votes = self._votes, self._vote()
+        return before is not None and int(before) > 0
 
-        return bool(multihost_utils.process_allgather(np.array(self.signal is not None)).any())
+    def _vote(self) -> Any:
+        """Starts to count, over all devices, those whose process was asked to stop."""
+        import jax
+        import numpy as np
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+        if self._count is None:
+            mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,), devices=jax.devices())
+            self._place = NamedSharding(mesh, PartitionSpec("all"))
+            self._count = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        mine = np.full((1,), self.signal is not None, np.int32)
+        return self._count(jax.make_array_from_callback((jax.device_count(),), self._place, lambda _: mine))
 
     @property
     def name(self) -> str:

@@ -15,7 +15,7 @@ from jax_dpo.errors import OK, Stopped, UserError
 from jax_dpo.policy import Policy
 from jax_dpo.report.records import Record, RunLog, log_history
 from jax_dpo.report.terminal import Display, Quiet
-from jax_dpo.sharding.multihost import is_primary
+from jax_dpo.sharding.multihost import from_primary, is_primary
 from jax_dpo.train.loop import Loop
 from jax_dpo.train.memory import MemorySettings, memory_advice
 from jax_dpo.train.signals import StopRequest
@@ -216,7 +216,7 @@ class DPOTrainer(Run):
                             outputs.write_dropped(out, self.named_sets())
                     loop = Loop(parts, state, progress)
                     loop.run(stop)
-                    self.exit_code = conclude(self, loop, primary=primary)
+                    self.exit_code = from_primary(conclude(self, loop, primary=primary))
                     self._device_state = loop.state
             except Stopped:
                 parts.report()

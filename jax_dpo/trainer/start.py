@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from jax_dpo.config import DPOConfig
 from jax_dpo.errors import UserError
 from jax_dpo.report.records import json_ready, read_records
 from jax_dpo.report.terminal import Display
-from jax_dpo.sharding.multihost import is_primary, wait_for_all
+from jax_dpo.sharding.multihost import from_primary, is_primary
+from jax_dpo.train.agree import raise_together
 from jax_dpo.train.checkpoint import Checkpoints
 from jax_dpo.train.loop import Parts, Progress
 from jax_dpo.train.state import TrainState
@@ -46,35 +44,43 @@ class Start:
 def resume_step(
     out: Path, wanted: bool | str | Path | None, config: DPOConfig, run: Mapping[str, Any], display: Display
 ) -> Start:
-    """Decides where the run begins, and makes the output directory ready for it.
+    """Decides where the run begins, and makes the output directory ready for it. All processes of a run call it.
 
     Raises:
       UserError: a run is there and nothing says what to do with it; nothing to resume from; a damaged checkpoint.
     """
-    start = _decide(out, wanted, config, run) if is_primary() else Start()
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        told = np.array([-1 if start.step is None else start.step, int(start.finished)])
-        step, finished = multihost_utils.broadcast_one_to_all(told).tolist()
-        start = Start(None if step < 0 else step, start.path, bool(finished))
-        wait_for_all("output directory ready")
+    error, decision = None, FRESH
+    if is_primary():
+        try:
+            decision = _decide(out, wanted, config, run)
+        except UserError as found:
+            error = found
+    raise_together(error)
+    decision = from_primary(decision)
+    if decision == FINISHED:
+        return Start(finished=True)
+    start = Start() if decision == FRESH else _checkpoint(out, wanted)
+    if is_primary():
+        try:
+            if start.step is None and outputs.holds_run(out):
+                outputs.clear_run(out)  # a run that was stopped before its first checkpoint starts over
+            outputs.make_output_dir(out)
+        except UserError as found:
+            error = found
+    raise_together(error)
     return start
 
 
-def _decide(out: Path, wanted: bool | str | Path | None, config: DPOConfig, run: Mapping[str, Any]) -> Start:
+FRESH, FINISHED, RESUME = 0, 1, 2
+
+
+def _decide(out: Path, wanted: bool | str | Path | None, config: DPOConfig, run: Mapping[str, Any]) -> int:
+    """What is to be done with the directory, from what lies in it: one process looks."""
     if config.overwrite_output_dir:
         outputs.clear_run(out)
     if wanted is None or wanted is False:
         outputs.refuse_second_run(out)
-        outputs.make_output_dir(out)
-        return Start()
-    if wanted not in (True, "auto"):
-        path = Path(str(wanted))
-        with Checkpoints(path.parent, save_total_limit=None) as checkpoints:
-            meta = checkpoints.read_meta(path)
-        outputs.make_output_dir(out)
-        return Start(int(meta["step"]), path.absolute())
+        return FRESH
     if wanted == "auto" and outputs.holds_run(out):
         changed = _differences(out, run)
         if changed:
@@ -84,22 +90,26 @@ def _decide(out: Path, wanted: bool | str | Path | None, config: DPOConfig, run:
                 "--resume_from_checkpoint true. To start over: --overwrite_output_dir. To keep it: another --output_dir.",
             )
         if outputs.finished(out):
-            return Start(finished=True)
-    with Checkpoints(out, save_total_limit=None) as checkpoints:
+            return FINISHED
+    return RESUME
+
+
+def _checkpoint(out: Path, wanted: bool | str | Path | None) -> Start:
+    """The checkpoint to go on from: the one that is named, or the newest that is whole; every process checks its part."""
+    if wanted not in (True, "auto"):
+        path = Path(str(wanted))
+        with Checkpoints(path.parent, save_total_limit=None, primary=is_primary()) as checkpoints:
+            return Start(int(checkpoints.read_meta(path)["step"]), path.absolute())
+    with Checkpoints(out, save_total_limit=None, primary=is_primary()) as checkpoints:
         found = checkpoints.latest_good()
-    if found.step is not None:
-        outputs.make_output_dir(out)
-        return Start(found.step)
-    if wanted is True:
+    if found.step is None and wanted is True:
         why = " ".join(found.skipped) or "It has no complete checkpoint."
         raise UserError(
             "nothing-to-resume",
             f"resume_from_checkpoint is true, but there is nothing to go on from in {out}. {why} "
             "Leave it out to start, or write auto to start where there is nothing.",
         )
-    outputs.clear_run(out)  # a run that was stopped before its first checkpoint starts over
-    outputs.make_output_dir(out)
-    return Start()
+    return Start(found.step)
 
 
 def _differences(out: Path, run: Mapping[str, Any]) -> list[str]:
