@@ -141,6 +141,7 @@ def test_the_demo_ends_well_once_the_model_is_trained(
 def test_a_signal_ends_the_demo_with_its_code(
     root: Path, command_line: CommandLine, number: int, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     command_line.signal = number
     assert run.main([], root) == code
     assert "run it again" in capsys.readouterr().err

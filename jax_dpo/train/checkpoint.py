@@ -267,7 +267,6 @@ class Checkpoints:
     def _checkpointer(self) -> Any:
         if self._orbax is None:
             self._orbax = orbax_items.open_checkpointer()
-            orbax_items.before_exit(self._close_alone)
         return self._orbax
 
     def _hidden(self, step: int, what: str) -> Path:

@@ -6,12 +6,9 @@ of the interpreter, all without an error.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import threading
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,26 +62,6 @@ def read_meta(checkpointer: Any, directory: Path) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     return checkpointer.restore(directory.absolute(), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-
-
-def before_exit(method: Callable[[], None]) -> None:
-    """Call a bound method when the main thread has ended, if its object still lives: a script that never closes keeps
-    its last save.
-
-    `atexit` is too late: by then no thread may start another, and Orbax's fail with pages of traceback. Python has only
-    a private hook before that; where it is gone such a save is lost, as Orbax's own are.
-    """
-    register = getattr(threading, "_register_atexit", None)
-    reference = weakref.WeakMethod(method)
-
-    def call() -> None:
-        alive = reference()
-        if alive is not None:
-            alive()
-
-    if register is not None:
-        with contextlib.suppress(RuntimeError):  # the interpreter is ending already
-            register(call)
 
 
 def _silence() -> None:
