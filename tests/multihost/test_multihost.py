@@ -1,0 +1,165 @@
+"""Two processes of four devices each as one run, through the command line. Oracle: the same command on one process of eight devices."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from cluster import Cluster, Ended
+
+GLOO = "[Gloo]"  # what the transport of CPU collectives prints
+
+
+@pytest.fixture(scope="module")
+def one(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, in this one: it has eight virtual devices."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DPO_CACHE", str(cluster.folder / "cache"))
+        ended = tiny.jax_dpo("train", *tiny.flags({**cluster.options, "output_dir": out}))
+    assert ended.code == 0, ended.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Ended]]:
+    out = tmp_path_factory.mktemp("two") / "out"
+    return out, cluster.run(out)
+
+
+def assert_same_numbers(found: Path, expected: Path) -> None:
+    kinds = ("train", "eval", "verdict")
+    a, b = (tiny.untimed([r for r in tiny.records(p) if r["kind"] in kinds]) for p in (found, expected))
+    assert [(r["kind"], r["step"]) for r in a] == [(r["kind"], r["step"]) for r in b]
+    for x, y in zip(a, b):
+        for name, value in y.items():
+            if isinstance(value, float):
+                np.testing.assert_allclose(x[name], value, rtol=2e-5, atol=1e-5, err_msg=f"{name} of step {y['step']}")
+            elif name not in ("gates", "best", "headline"):
+                assert x[name] == value, name
+    for folder in ("final", "best"):
+        weights = tiny.tensors(expected / folder)
+        for name, value in tiny.tensors(found / folder).items():
+            np.testing.assert_allclose(value, weights[name], rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_two_processes_are_one_run(one: Path, two: tuple[Path, list[Ended]]) -> None:
+    out, (first, second) = two
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    start = tiny.records(out, "start")[0]
+    assert start["devices"]["hosts"] == 2 and start["devices"]["count"] == 8
+    assert start["plan"]["pairs_per_step"] == 8
+    assert_same_numbers(out, one)
+    assert tiny.records(out, "train")[0]["rewards/margins"] == 0
+    # One process writes and speaks; both hold the checkpoint's arrays.
+    assert first.out.rstrip().endswith("exit 0")
+    assert [line for line in second.out.splitlines() if not line.startswith(GLOO)] == [] and second.err == ""
+    assert {p.name for p in out.iterdir()} == {p.name for p in one.iterdir()}
+
+
+def at_step(step: int, which: int, name: str) -> str:
+    """Python that sends one of the processes a signal after a step's log line; what was being saved by then is saved."""
+    return f"""
+import os, signal, jax
+from jax_dpo.train.loop import Loop
+log = Loop._log
+def told(self):
+    log(self)
+    if self.progress.step == {step}:
+        self.parts.checkpoints.wait()
+        if jax.process_index() == {which}:
+            os.kill(os.getpid(), signal.{name})
+Loop._log = told
+"""
+
+
+LOST = "Checkpoints are whole: start the same command on all hosts again"
+
+
+@pytest.fixture(scope="module")
+def long(cluster: Cluster) -> Cluster:
+    """The same with eight steps."""
+    return replace(cluster, options={**cluster.options, "max_steps": 8, "save_steps": 3, "eval_steps": 4})
+
+
+@pytest.fixture(scope="module")
+def unbroken(long: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    ended = long.run(out, processes=1)
+    assert ended[0].code in (0, 3), ended[0].err
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("which", "then"), [(1, 1), (0, 2)])
+def test_a_killed_process_ends_the_run_and_the_next_start_goes_on(
+    which: int, then: int, long: Cluster, unbroken: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    running = long.start(out, before=at_step(5, which, "SIGKILL"))
+    running.processes[which].wait(200)
+    lost = time.monotonic()
+    ended = running.wait()
+    assert time.monotonic() - lost < 30
+    assert ended[which].code == -signal.SIGKILL
+    other = ended[1 - which]
+    assert other.code not in (0, 3)
+    assert LOST in other.err.splitlines()[-1] and "another process is lost" in other.err
+    assert tiny.checkpoints(out) == ["checkpoint-3"]
+    again = long.run(out, processes=then)
+    assert again[0].code in (0, 3), again[0].err
+    assert "going on from checkpoint-3, after step 3" in again[0].out
+    assert_same_numbers(out, unbroken)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_both_after_saving(long: Cluster, unbroken: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stopped = long.run(out, before=at_step(4, 1, "SIGTERM"))
+    assert [e.code for e in stopped] == [75, 75], stopped[0].err + stopped[1].err
+    saved = tiny.checkpoints(out)[-1]
+    assert saved in ("checkpoint-4", "checkpoint-5", "checkpoint-6")
+    assert f"saved as {saved}" in stopped[0].out
+    again = long.run(out)
+    assert [e.code for e in again] == [tiny.records(out, "verdict")[0]["exit_code"]] * 2
+    assert_same_numbers(out, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("only", "found"), [(0, "1 of 2 joined"), (1, "nobody answers there")])
+def test_a_process_that_waits_alone_ends_and_says_so(only: int, found: str, cluster: Cluster, tmp_path: Path) -> None:
+    before = "import jax_dpo.sharding.multihost as m; m.JOIN_SECONDS = 4"
+    ended = cluster.run(tmp_path / "out", only=only, before=before)
+    assert ended[0].code == 2
+    assert f"process {only} of 2 waited 4 s" in ended[0].err and found in ended[0].err
+    assert "Traceback" not in ended[0].err and len(ended[0].err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_an_error_on_one_host_ends_the_others(cluster: Cluster, tmp_path: Path) -> None:
+    before = (
+        "import sys\n"
+        "if sys.argv[sys.argv.index('--process_id') + 1] == '1':\n"
+        "    sys.argv[sys.argv.index('--dataset_name') + 1] = 'missing.jsonl'"
+    )
+    began = time.monotonic()
+    first, second = cluster.run(tmp_path / "out", before=before)
+    assert second.code == 2 and "missing.jsonl" in second.err and LOST not in second.err
+    assert first.code not in (0, 3) and LOST in first.err.splitlines()[-1]
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_an_error_of_all_is_said_by_all(cluster: Cluster, two: tuple[Path, list[Ended]]) -> None:
+    before = tiny.snapshot(two[0])
+    ended = cluster.run(two[0], resume_from_checkpoint=None)
+    for process in ended:
+        assert process.code == 2
+        assert "holds a run already" in process.err and "Traceback" not in process.err and LOST not in process.err
+    assert tiny.snapshot(two[0]) == before
