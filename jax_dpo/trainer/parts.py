@@ -155,7 +155,6 @@ def trainer_state(run: Run, history: list[dict[str, Any]], ranking: Ranking, pro
             "save_steps": plan.save_steps,
             "train_batch_size": config.per_device_train_batch_size,
             "num_input_tokens_seen": progress.num_tokens,
-            "total_flos": 0,
         },
     )
 
