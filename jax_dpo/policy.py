@@ -17,7 +17,7 @@ from jax_dpo.models.lora import LoraConfig
 from jax_dpo.weights.export import write_model
 from jax_dpo.weights.leaves import InMemory, Leaf
 from jax_dpo.weights.objects import is_model_object, open_object
-from jax_dpo.weights.peft import Adapter, read_adapter, write_adapter
+from jax_dpo.weights.peft import Adapter, adapter_base, read_adapter, write_adapter
 from jax_dpo.weights.peft import merge as merge_adapter
 from jax_dpo.weights.source import ModelFiles, open_model, resolve_model
 
@@ -96,6 +96,8 @@ def load_model(
 ) -> Policy:
     """A model from a Hugging Face directory (sharded or not), a GGUF file, a Hub name, or a transformers model object.
 
+    A PEFT directory is loaded as transformers does: the base that its adapter_config.json names, with the adapter on.
+
     Args:
       adapter: a PEFT directory: the policy is the model with that adapter on.
       dtype: what it computes in, "float32" or "bfloat16".
@@ -108,7 +110,13 @@ def load_model(
     if isinstance(model, Policy):
         policy = replace(model, dtype=dtype)
     else:
-        files = open_object(model) if is_model_object(model) else open_model(resolve_model(model, revision))
+        if is_model_object(model):
+            files = open_object(model)
+        else:
+            path = resolve_model(model, revision)
+            base = adapter_base(path) if adapter is None else None
+            files = open_model(path if base is None else resolve_model(base))
+            adapter = adapter if base is None else path
         policy = Policy(files, dict(files.leaves), files.config, dtype)
     return policy if adapter is None else policy.with_adapter(read_adapter(adapter, policy.config))
 
@@ -166,3 +174,11 @@ def save_model(
         generation_config=model.files.generation_config,
         replace=replace,
     )
+
+
+def convert(source: str | Path, out: str | Path, dtype: str = "auto") -> Path:
+    """Writes any model that can be loaded as a Hugging Face directory of full weights; an adapter is merged into its base.
+
+    Raises UserError: what `load_model` and `save_model` raise.
+    """
+    return save_model(load_model(source), out, dtype, merge=True)

@@ -52,6 +52,7 @@ def _slice(topology: str) -> Any:
     os.environ["JAX_PLATFORMS"] = "cpu"
     # libtpu asks the metadata server of a cloud machine for its slice unless it is told; nothing of this is read further on.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-8")
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its lock guards chips, of which there are none
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     from jax.experimental import topologies

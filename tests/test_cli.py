@@ -46,7 +46,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     made = Fakes()
     modules = {
         "jax_dpo.trainer": ("run_training", "run_evaluation", "run_check", "run_generate"),
-        "jax_dpo.weights.export": ("convert",),
+        "jax_dpo.policy": ("convert",),
         "jax_dpo.report.html": ("write_report",),
         "jax_dpo.doctor": ("examine",),
     }

@@ -124,7 +124,7 @@ def check(argv: list[str]) -> int:
 
 def convert(argv: list[str]) -> int:
     chosen, (source, target) = arguments(ConvertArguments, argv, positionals=("SRC", "OUT"))
-    from jax_dpo.weights.export import convert as convert_model
+    from jax_dpo.policy import convert as convert_model
 
     convert_model(source, target, chosen.dtype)
     print(f"{target}: written")
@@ -229,8 +229,9 @@ COMMANDS: Mapping[str, Command] = {
         Command(
             name="convert",
             usage="jax-dpo convert SRC OUT [options]",
-            summary="Write a model (a GGUF file, a Hugging Face directory) as a Hugging Face directory.",
+            summary="Write a model (a GGUF file, a Hugging Face directory, an adapter with its base) as a Hugging Face directory.",
             examples=(
+                "jax-dpo convert outputs/lora/final ./merged",
                 "jax-dpo convert model.Q4_1.gguf ./model",
                 "jax-dpo convert ./model ./model-bf16 --dtype bfloat16",
             ),

@@ -379,10 +379,12 @@ class Loop:
             self._write_checkpoint(to)
 
     def _write_checkpoint(self, step: int) -> None:
-        """Saves as `checkpoint-<step>`; the best one and the newest one within the bound stay whatever is rotated away."""
+        """Saves as `checkpoint-<step>`; the best one, and the one that a rollback would go to, stay whatever is rotated away."""
         parts, progress = self.parts, self.progress
-        good = [s for s in progress.saved if s in progress.good]
-        protect = {s for s in (progress.best_saved(parts.ranking), max(good, default=None)) if s is not None}
+        best = progress.best_saved(parts.ranking)
+        protect = set() if best is None else {best}
+        if "rollback" in parts.control.actions and step < parts.plan.total:
+            protect |= {max((s for s in progress.saved if s in progress.good), default=step)}
         parts.checkpoints.save(step, self.state, progress.meta(), parts.trainer_state(progress), protect=protect)
         if jax.default_backend() == "cpu":
             # There the saved arrays are the memory that the next step writes into: going on beside the save would take a second copy.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Mapping
@@ -54,6 +55,8 @@ def clear_run(output_dir: Path) -> None:
 def make_output_dir(output_dir: Path) -> None:
     """Raises UserError where the directory cannot be made or written to."""
     try:
+        if output_dir.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
         output_dir.mkdir(parents=True, exist_ok=True)
         probe = output_dir / ".writable"
         probe.write_bytes(b"")

@@ -66,22 +66,6 @@ def write_model(
     return out
 
 
-def convert(source: str | Path, out: str | Path, dtype: str = "auto") -> Path:
-    """Writes any model that can be opened as a Hugging Face directory; dtype "auto" is that of its weights.
-
-    Raises UserError: what `open_model` and `write_model` raise.
-    """
-    files = open_model(source)
-    return write_model(
-        out,
-        hf_config=files.hf_config,
-        arrays=files.leaves,
-        dtype=files.dtype if dtype == "auto" else dtype,
-        tokenizer_files=files.tokenizer_files(),
-        generation_config=files.generation_config,
-    )
-
-
 def exported_config(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The config as it came, but for the keys that readers of transformers 4 and 5 know under different names.
 

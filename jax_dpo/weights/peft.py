@@ -52,6 +52,23 @@ def adapter_shapes(spec: LoraSpec, model: ModelConfig) -> dict[str, tuple[int, .
     return shapes
 
 
+def adapter_base(path: Path) -> str | None:
+    """The base model that a PEFT directory names, as a path or a Hub name; None where `path` is no adapter alone.
+
+    Raises UserError: json-broken, adapter-alone (it names none).
+    """
+    if not (path / CONFIG).is_file() or (path / "config.json").exists():
+        return None
+    base = read_json(path / CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            "adapter-alone",
+            f"{path} holds an adapter, and its {CONFIG} names no base model (base_model_name_or_path). Give the base model, and "
+            "this directory as adapter.",
+        )
+    return str(base)
+
+
 def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
     """Reads a PEFT directory for a model; `inference_mode`, which PEFT always writes, means nothing.
 

@@ -118,6 +118,33 @@ def test_a_killed_process_ends_the_run_and_the_next_start_goes_on(
 
 
 @pytest.mark.slow
+def test_an_adapter_rolled_back_and_sampled_is_one_run_too(long: Cluster, tmp_path: Path) -> None:
+    options = {
+        "use_peft": True,
+        "lora_r": 4,
+        "learning_rate": 0.02,
+        "target_kl": 0.002,
+        "kl_actions": ["rollback", "halve_lr"],
+        "save_steps": 2,
+        "eval_steps": 2,
+        "generate_samples": 2,
+        "load_best_model_at_end": True,
+    }
+    for name, processes in (("two", 2), ("one", 1)):
+        ended = long.run(tmp_path / name, processes=processes, **options)
+        assert {e.code for e in ended} <= {0, 3}, ended[0].err
+        assert len({e.code for e in ended}) == 1
+    found, expected = (tiny.records(tmp_path / name) for name in ("two", "one"))
+    assert [(r["kind"], r["step"]) for r in found] == [(r["kind"], r["step"]) for r in expected]
+    assert any(r["kind"] == "kl_action" and r["action"] == "rollback" for r in found)
+    samples = [tiny.records(tmp_path / name, "samples")[0]["samples"] for name in ("two", "one")]
+    assert samples[0] == samples[1]
+    mine, theirs = (tiny.tensors(tmp_path / name / "final", "adapter_model.safetensors") for name in ("two", "one"))
+    for name, value in theirs.items():
+        np.testing.assert_allclose(mine[name], value, rtol=0, atol=5e-5, err_msg=name)
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_after_saving(long: Cluster, unbroken: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stopped = long.run(out, before=at_step(4, 1, "SIGTERM"))

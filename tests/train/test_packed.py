@@ -91,7 +91,7 @@ def token_weights(batch: Batch, pairs: list[int], engine: Engine) -> tuple[np.nd
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("llama", {}),
+        pytest.param("llama", {}, marks=pytest.mark.slow),
         ("windows", {"gradient_checkpointing": False}),
         ("norms of q and k, tied", {}),
         pytest.param("windows", {"share_prompt": False}, marks=pytest.mark.slow),

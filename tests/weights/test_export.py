@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from jax_dpo.errors import UserError
 from jax_dpo.models.families import FAMILIES, model_config
-from jax_dpo.weights import convert, open_model, write_model
+from jax_dpo.policy import convert
+from jax_dpo.weights import open_model, write_model
 from jax_dpo.weights.export import exported_config
 from jax_dpo.weights.place import placing
 from jax_dpo.weights.tokenizer_files import files_of_tokenizer

@@ -12,7 +12,8 @@ import pytest
 
 from jax_dpo.errors import UserError
 from jax_dpo.models.config import Rope
-from jax_dpo.weights import convert, open_model
+from jax_dpo.policy import convert
+from jax_dpo.weights import open_model
 from jax_dpo.weights.gguf_file import KNOWN_TYPES, read_gguf
 from jax_dpo.weights.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_files
 

@@ -11,7 +11,7 @@ import jax
 from jax_dpo.arrays import TokenStats
 from jax_dpo.ops.token_stats import chunked, dense
 
-# Below this many bytes of float32 logits a device, whole logits are faster than chunks that are made twice.
+# Up to this many bytes of float32 logits a device, whole logits are faster than chunks that are made twice.
 DENSE_BYTES = 256 * 2**20
 
 __all__ = ["TokenStats", "token_stats"]
@@ -75,10 +75,23 @@ def token_stats(
     shards = vocabulary_shards
     cut = lambda w: w.reshape(shards, V // shards, D)  # noqa: E731
     ref = None if ref_unembed is None else cut(ref_unembed)
-    if math.prod(target.shape) * V * 4 <= DENSE_BYTES * row_shards * shards:
+    # Where the unembedding is cut over devices, whole logits need the whole of it (and of its gradient) on each.
+    gathered = V * D * 4 if row_shards > 1 else 0
+    if max(math.prod(target.shape) * V * 4 // row_shards, gathered) <= DENSE_BYTES * shards:
         whole = lambda w: _gathered(w, gather, spread).reshape(V, D)  # noqa: E731
         ref = None if ref is None else whole(ref)
         return dense.token_stats(hidden, ref_hidden, whole(cut(unembed)), ref, target, softcap=softcap, scale=scale)
+    # Many tokens get smaller chunks: logits of one chunk are within the same bound, where that leaves matrices worth multiplying.
+    fits = DENSE_BYTES * row_shards // (4 * math.prod(target.shape)) // 128 * 128
     return chunked.token_stats(
-        hidden, ref_hidden, cut(unembed), ref, target, softcap=softcap, scale=scale, gather=gather, spread=spread
+        hidden,
+        ref_hidden,
+        cut(unembed),
+        ref,
+        target,
+        softcap=softcap,
+        scale=scale,
+        chunk=min(chunked.CHUNK, max(1024, fits)),
+        gather=gather,
+        spread=spread,
     )
