@@ -36,6 +36,8 @@ class Policy:
     config: ModelConfig
     dtype: str = "float32"
     lora_config: LoraConfig | None = None
+    adapter: str | None = None
+    """where its adapter came from, if it came with one"""
 
     @cached_property
     def params(self) -> Tree:
@@ -61,6 +63,11 @@ class Policy:
         """What the model is called: the end of its path."""
         return self.files.path.name or str(self.files.path)
 
+    @property
+    def title(self) -> str:
+        """Where it came from, in words."""
+        return f"{self.files.path} with the adapter {self.adapter}" if self.adapter else str(self.files.path)
+
     def with_adapter(self, adapter: Adapter) -> Policy:
         """The same model with an adapter on it.
 
@@ -79,7 +86,7 @@ class Policy:
     def base(self) -> Policy:
         """The model without its adapter."""
         leaves = {p: x for p, x in self.leaves.items() if not p.endswith((".lora_a", ".lora_b"))}
-        return replace(self, leaves=leaves, config=replace(self.config, lora=None), lora_config=None)
+        return replace(self, leaves=leaves, config=replace(self.config, lora=None), lora_config=None, adapter=None)
 
 
 @cache
@@ -118,7 +125,9 @@ def load_model(
             files = open_model(path if base is None else resolve_model(base))
             adapter = adapter if base is None else path
         policy = Policy(files, dict(files.leaves), files.config, dtype)
-    return policy if adapter is None else policy.with_adapter(read_adapter(adapter, policy.config))
+    if adapter is None:
+        return policy
+    return replace(policy.with_adapter(read_adapter(adapter, policy.config)), adapter=str(adapter))
 
 
 def save_model(

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _alone(_say(f"error: {error.message} [{error.name}]", USER_INPUT))
     except Exception as error:
-        return _alone(_unexpected(error))
+        return _alone(_lost(error) or _unexpected(error))
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -95,6 +95,16 @@ def _unexpected(error: Exception) -> int:
         "This should not have happened. Please report it with the lines above and the output of `jax-dpo doctor`.",
         UNEXPECTED,
     )
+
+
+def _lost(error: Exception) -> int:
+    """Says so where the error is that another process of the run is gone; else 0."""
+    if "jax" not in sys.modules:
+        return OK
+    from jax_dpo.sharding.multihost import lost_peer
+
+    text = lost_peer(error)
+    return OK if text is None else _say(text, UNEXPECTED)
 
 
 def _alone(code: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -128,6 +129,30 @@ def _connections(where: str) -> int | None:
     return sum(f[1].endswith(f":{int(port):04X}") and f[3] == established for f in fields) or None
 
 
+_GO_ON = (
+    "Checkpoints are whole: start the same command on all hosts again, with --resume_from_checkpoint auto, and the run goes on from "
+    "the last one."
+)
+# What the transports of JAX's collectives say of a peer that is gone.
+_PEER_LOST = re.compile(
+    r"Gloo .* failed|Connection (reset|closed)|Socket closed|heartbeat|NCCL.*(remote|connection)", re.I | re.S
+)
+
+
+def lost_peer(error: BaseException) -> str | None:
+    """The message for an error of a collective whose peer is gone; None for any other error, and in a run of one process."""
+    import jax
+
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return None
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError") or not _PEER_LOST.search(str(error)):
+        return None
+    return (
+        f"error: process {jax.process_index()} of {jax.process_count()} ends in the middle of the run because another process is lost "
+        f"({str(error).splitlines()[0][:160]}). {_GO_ON}"
+    )
+
+
 _shell: subprocess.Popen[bytes] | None = None
 
 
@@ -143,8 +168,7 @@ def _leave_a_word(process_id: int, processes: int) -> None:
         return
     text = (
         f"error: process {process_id} of {processes} has ended in the middle of the run: it was killed, or JAX ended it because "
-        f"another process is lost (not heard of for {HEARTBEAT_SECONDS} s; the lines above name it as a task). Checkpoints are "
-        "whole: start the same command on all hosts again, with --resume_from_checkpoint auto, and the run goes on from the last one."
+        f"another process is lost (not heard of for {HEARTBEAT_SECONDS} s; the lines above name it as a task). {_GO_ON}"
     )
     script = 'read -r line || printf "%s\\n" "$0" >&2'
     _shell = subprocess.Popen([shell, "-c", script, text], stdin=subprocess.PIPE, start_new_session=True)

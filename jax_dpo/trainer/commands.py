@@ -113,7 +113,7 @@ def run_evaluation(script: ScriptArguments, config: DPOConfig) -> int:
     )
     found = trainer.evaluate()
     if is_primary():
-        table = Table(title=f"{trainer.pairing.policy.files.path} against {trainer.pairing.sentence}")
+        table = Table(title=f"{trainer.pairing.policy.title} against {trainer.pairing.sentence}")
         table.add_column("metric")
         table.add_column("value", justify="right")
         for name, value in found.items():

@@ -47,7 +47,7 @@ class Pairing:
         """The reference in words, for reports."""
         if self.kind == OTHER:
             assert self.other is not None
-            return f"{self.other.files.path}, frozen"
+            return f"{self.other.title}, frozen"
         return {
             START: "the policy as it was at the start, frozen (a second copy)",
             BASE: "the model without its adapter (no second copy)",

@@ -251,7 +251,7 @@ def start_record(run: Run) -> Record:
         "changed": config.changed(),
         "run": run.identity(),
         "model": {
-            "name": str(policy.files.path),
+            "name": policy.title,
             "family": policy.config.model_type,
             "parameters": total,
             "trainable_parameters": trained,

@@ -39,7 +39,7 @@ class Run:
         p = self.pairing
         return {
             "options": self.args.to_dict(),
-            "model": str(p.policy.files.path),
-            "reference": str(p.other.files.path) if p.other else p.kind,
+            "model": p.policy.title,
+            "reference": p.other.title if p.other else p.kind,
             "data": {name: s.data.counts for name, s in self.named_sets().items()},
         }

@@ -18,7 +18,6 @@ from jax_dpo.weights.leaves import DTYPES, layer_of
 from jax_dpo.weights.names import is_stacked, tensor_names
 from jax_dpo.weights.place import placing
 from jax_dpo.weights.safetensors_file import Entry, write_file
-from jax_dpo.weights.source import open_model
 
 MAX_SHARD_BYTES = 5_000_000_000
 # What an earlier save may have left, and what a reader would take for a part of the new one.

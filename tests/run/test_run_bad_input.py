@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import save_file
 
 Options = dict[str, Any]
 Case = Callable[[Path, Options], Options]
@@ -63,6 +65,11 @@ def below_a_file(folder: Path, options: Options) -> Options:
     return {"output_dir": folder / "file" / "out"}
 
 
+def is_a_file(folder: Path, options: Options) -> Options:
+    (folder / "file").write_text("")
+    return {"output_dir": folder / "file"}
+
+
 def given(**change: Any) -> Case:
     return lambda folder, options: change
 
@@ -82,6 +89,9 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     "unknown option": (given(learning_rat=1e-4), ["learning_rat", "learning_rate"]),
     "option out of range": (given(beta=-1), ["beta", "-1"]),
     "output_dir below a file": (below_a_file, ["output_dir"]),
+    "output_dir is a file": (is_a_file, ["output_dir", "it is a file"]),
+    "held-out pairs not there": (given(eval_dataset="./none.jsonl", eval_strategy="steps"), ["none.jsonl"]),
+    "adapter on no layer": (given(use_peft=True, lora_target_modules="nope_proj"), ["nope_proj", "q_proj"]),
     "no held-out pairs": (given(eval_strategy="steps"), ["eval_strategy", "eval_dataset"]),
     "mesh that does not fit": (given(mesh_tensor=3), ["mesh_tensor 3"]),
 }
@@ -114,3 +124,21 @@ def test_a_metric_that_is_misspelt(evaluated: Options, tmp_path: Path) -> None:
     ended = tiny.jax_dpo("train", *tiny.flags(options))
     assert ended.code == 2
     assert "rewards/accuracies" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_numbers_end_the_run(usual: Options, tmp_path: Path) -> None:
+    """Seen at the first step, since no file's header tells: the log and the report say that the run ended, and why."""
+    model = copied(tmp_path, usual)
+    weights = tiny.tensors(model)
+    weights["model.norm.weight"][3] = np.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out"
+    ended = tiny.jax_dpo("train", *tiny.flags({**usual, "model_name_or_path": model, "output_dir": out}))
+    assert ended.code == 2
+    assert "not finite" in ended.err and "Traceback" not in ended.err
+    last = tiny.records(out)[-1]
+    assert (last["kind"], last["reason"]) == ("end", "error")
+    assert last["message"] in ended.err
+    assert "ended by an error" in (out / "report.html").read_text(encoding="utf-8")
+    assert tiny.checkpoints(out) == [] and not (out / "final").exists()

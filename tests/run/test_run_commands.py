@@ -106,6 +106,16 @@ def test_lora_trains_an_adapter_over_a_base_without_a_copy(
     np.testing.assert_allclose(adapted(ids), merged, atol=1e-4)
     assert np.abs(np.asarray(merged) - np.asarray(base)).max() > 1e-3
 
+    # The directory of the adapter stands for base and adapter, as in transformers.
+    held_out = ["--ref_model_name_or_path", model, "--eval_dataset", evaluated["eval_dataset"]]
+    ended = tiny.jax_dpo("evaluate", "--model", out / "final", *held_out)
+    assert ended.code == 0, ended.err
+    shown = next(line for line in ended.out.splitlines() if " eval_loss " in line)
+    assert float(shown.split("│")[2]) == pytest.approx(tiny.records(out, "eval")[-1]["eval_loss"], rel=1e-5)
+    ended = tiny.jax_dpo("convert", out / "final", tmp_path / "converted")
+    assert ended.code == 0, ended.err
+    assert tiny.snapshot(tmp_path / "converted") == tiny.snapshot(tmp_path / "merged")
+
 
 def test_dropout_acts_only_where_it_is_asked_for(usual: dict[str, Any], tmp_path: Path) -> None:
     losses = []
@@ -173,8 +183,11 @@ def test_the_usual_script(model: Path, tmp_path: Path) -> None:
     assert results["eval_loss"] == pytest.approx(near["eval_near_loss"], abs=1e-6)
     assert results["eval_rewards/margins"] == pytest.approx(near["eval_near_rewards/margins"], abs=1e-6)
     assert results["eval_kl_divergence"] == pytest.approx(near["eval_near_kl_divergence"], abs=1e-7)
-    trainer.save_model(str(tmp_path / "saved"))
-    assert (tmp_path / "saved" / "model.safetensors").exists()
+    # Where TRL's own script saves: beside the checkpoints.
+    trainer.save_model(config.output_dir)
+    out = tmp_path / "out"
+    assert (out / "model.safetensors").read_bytes() == (out / "final" / "model.safetensors").read_bytes()
+    assert load_model(out).files.dtype == "float32"
     states = sorted((tmp_path / "out").glob("checkpoint-*/trainer_state.json"))
     assert [json.loads(p.read_text())["global_step"] for p in states] == [1, 2]
     assert [kind for kind, _ in watching.seen] == ["log", "evaluate", "evaluate", "save"] * 2
@@ -185,8 +198,14 @@ def test_the_usual_script(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"share_prompt": False}, {"micro_batch_tokens": 32}, {"gradient_checkpointing": True}],
-    ids=lambda c: next(iter(c)),
+    [
+        {"share_prompt": False},
+        {"micro_batch_tokens": 32},
+        {"gradient_checkpointing": True},
+        {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    ],
+    ids=lambda c: " ".join(f"{name} {value}" for name, value in c.items()),
 )
 def test_one_trajectory_however_it_is_computed(
     change: dict[str, Any], usual: dict[str, Any], run: Path, tmp_path: Path

@@ -30,7 +30,7 @@ def unbroken(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-def signalled(step: int, signals: str, options: list[str], out: Path) -> subprocess.CompletedProcess[str]:
+def signalled(step: int | str, signals: str, options: list[str], out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, SCRIPT, str(step), signals, "train", *options, "--output_dir", out],
         capture_output=True,
@@ -45,7 +45,7 @@ def assert_equal_to_the_bit(out: Path, unbroken: Path) -> None:
     kinds = ("train", "eval", "kl_action", "verdict")
     found, expected = (tiny.untimed([r for r in tiny.records(p) if r["kind"] in kinds]) for p in (out, unbroken))
     assert found == expected
-    for folder in ("final", "best"):
+    for folder in [name for name in ("final", "best") if (unbroken / name).exists()]:
         assert tiny.snapshot(out / folder)["model.safetensors"] == tiny.snapshot(unbroken / folder)["model.safetensors"]
 
 
@@ -80,6 +80,46 @@ def test_sigterm_saves_and_the_same_command_finishes(options: list[str], unbroke
     ended = tiny.jax_dpo("train", *options, "--output_dir", out)
     assert ended.code == 0, ended.err
     assert_equal_to_the_bit(out, unbroken)
+
+
+def test_a_run_killed_after_rollbacks_goes_on_with_the_changed_values(
+    evaluated: dict[str, Any], tmp_path: Path
+) -> None:
+    """It goes back to the start, then to checkpoint-1, and is killed before it saves again."""
+    chosen = {"learning_rate": 2e-3, "lr_scheduler_type": "constant", "max_steps": 5, "save_steps": 1, "eval_steps": 1}
+    chosen |= {"target_kl": 0.06, "kl_actions": ["halve_lr", "raise_beta", "rollback"], "save_total_limit": 2}
+    options = tiny.flags({**evaluated, **chosen, "resume_from_checkpoint": "auto"})
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    unbroken = tiny.jax_dpo("train", *options, "--output_dir", whole)
+    rollbacks = [(r["old"], r["new"]) for r in tiny.records(whole, "kl_action") if r["action"] == "rollback"]
+    assert rollbacks[:2] == [(3, 0), (4, 1)]
+    killed = signalled("2:3", "SIGKILL", options, out)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert tiny.checkpoints(out) == ["checkpoint-1"]
+    ended = tiny.jax_dpo("train", *options, "--output_dir", out)
+    assert ended.code == unbroken.code, ended.err
+    assert "going on from checkpoint-1, after step 1" in ended.out
+    assert tiny.checkpoints(out) == tiny.checkpoints(whole)
+    assert_equal_to_the_bit(out, whole)
+
+
+def test_dropout_is_the_same_after_a_resumption(usual: dict[str, Any], tmp_path: Path) -> None:
+    """The random numbers of a step are a function of the seed and the step."""
+    options = {**usual, "use_peft": True, "lora_dropout": 0.5, "learning_rate": 5e-2, "disable_dropout": False}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert tiny.jax_dpo("train", *tiny.flags(options), "--output_dir", whole).code == 0
+    again = {**options, "resume_from_checkpoint": whole / "checkpoint-2", "output_dir": out}
+    assert tiny.jax_dpo("train", *tiny.flags(again)).code == 0
+    assert tiny.untimed(tiny.records(out, "train")) == tiny.untimed(tiny.records(whole, "train"))[2:]
+    found, expected = (tiny.snapshot(p / "final")["adapter_model.safetensors"] for p in (out, whole))
+    assert found == expected
+
+
+def test_a_finished_run_that_failed_a_gate_says_so_again(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    options = tiny.flags({**evaluated, "max_steps": 2, "target_kl": 1e-4, "resume_from_checkpoint": "auto"})
+    assert tiny.jax_dpo("train", *options, "--output_dir", tmp_path / "out").code == 3
+    again = tiny.jax_dpo("train", *options, "--output_dir", tmp_path / "out")
+    assert again.code == 3 and "finished: nothing to do" in again.last_line
 
 
 def test_a_second_sigterm_ends_at_once(options: list[str], tmp_path: Path) -> None:
