@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,9 +66,3 @@ def evaluated(usual: dict[str, Any], data: Path) -> dict[str, Any]:
         "eval_steps": 2,
         "eval_on_start": True,
     }
-
-
-@pytest.fixture(scope="session")
-def process_environment() -> dict[str, str]:
-    """Environment of a `jax-dpo` that is started as a process of its own: one device."""
-    return {**os.environ, "XLA_FLAGS": ""}

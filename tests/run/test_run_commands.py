@@ -203,7 +203,7 @@ def test_the_usual_script(model: Path, tmp_path: Path) -> None:
         {"micro_batch_tokens": 32},
         {"gradient_checkpointing": True},
         {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        pytest.param({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, marks=pytest.mark.slow),
     ],
     ids=lambda c: " ".join(f"{name} {value}" for name, value in c.items()),
 )
