@@ -31,6 +31,7 @@ from jax_dpo.config.rules import (
     DROP_REASONS,
     F_DIVERGENCES,
     KL_ACTIONS,
+    KL_CONTROLLERS,
     LOSS_TYPES,
     SCHEDULERS,
     problems_between,
@@ -300,14 +301,29 @@ class DPOConfig:
         group="KL control",
         choices=KL_ACTIONS,
     )
-    adaptive_beta: bool = option(
-        False, "Raise beta while the KL is over target_kl, lower it while it is under half of it.", group="KL control"
+    kl_controller: str = option(
+        "none",
+        "What follows the KL at every evaluation: adaptive_beta (beta in fixed shares, aims at half of target_kl to target_kl), "
+        "pi_beta (proportional-integral on log beta) or dual_kl_coef (kl_coef as the multiplier of the constraint); the last two aim "
+        "at 0.9 of target_kl and never go under the configured value.",
+        group="KL control",
+        choices=KL_CONTROLLERS,
     )
+    adaptive_beta: bool = option(False, "Short for kl_controller: adaptive_beta.", group="KL control")
     adaptive_beta_rate: float = option(
         0.1,
         "Share by which adaptive_beta changes beta.",
         group="KL control",
         check=within(0, 1, open_low=True, open_high=True),
+    )
+    pi_beta_gains: list[float] = option(
+        [1.0, 0.3], "Proportional and integral gain of pi_beta, in log beta per log KL.", group="KL control"
+    )
+    dual_kl_rate: float = option(
+        1.0,
+        "How far dual_kl_coef raises kl_coef for a KL of twice its aim. The penalty of kl_reduction token is small: hundreds there.",
+        group="KL control",
+        check=above(0),
     )
 
     mesh_data: int = option(

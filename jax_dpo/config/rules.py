@@ -28,6 +28,7 @@ LOSS_TYPES = (
 )
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 KL_ACTIONS = ("halve_lr", "raise_beta", "rollback")
+KL_CONTROLLERS = ("none", "adaptive_beta", "pi_beta", "dual_kl_coef")
 DROP_REASONS = ("invalid", "empty", "identical", "duplicate", "small_gap")
 
 # Losses whose scores go through the f-divergence; the others take the plain log-ratios.
@@ -147,6 +148,26 @@ def _no_repeats(values: list[str]) -> str | None:
     return f"found {', '.join(twice)} more than once" if twice else None
 
 
+def _controller(adaptive: bool, controller: str) -> str | None:
+    if not adaptive or controller in ("none", "adaptive_beta"):
+        return None
+    return f"found true beside kl_controller {controller}; one of them controls, so leave adaptive_beta out"
+
+
+def _beta_turned_twice(controller: str, actions: list[str]) -> str | None:
+    if controller != "pi_beta" or "raise_beta" not in actions:
+        return None
+    return (
+        "found pi_beta beside kl_actions raise_beta; pi_beta sets beta anew at each evaluation, so leave raise_beta out"
+    )
+
+
+def _gains(gains: list[float]) -> str | None:
+    if len(gains) == 2 and min(gains) >= 0 and max(gains) > 0:
+        return None
+    return f"found {show(gains)}, expected two numbers of at least 0, such as [1.0, 0.3]"
+
+
 def _reporters(targets: str | list[str]) -> str | None:
     return "found none beside others" if isinstance(targets, list) and "none" in targets else None
 
@@ -186,6 +207,9 @@ _RULES = (
         _best_at_end,
     ),
     Rule(("kl_actions",), _no_repeats),
+    Rule(("adaptive_beta", "kl_controller"), _controller),
+    Rule(("kl_controller", "kl_actions"), _beta_turned_twice),
+    Rule(("pi_beta_gains",), _gains),
     Rule(("mesh_fsdp", "mesh_data", "mesh_tensor"), lambda fsdp, data, tensor: _mesh(data, fsdp, tensor)),
     Rule(("coordinator_address", "num_processes", "process_id"), _processes),
     Rule(("report_to",), _reporters),
@@ -250,6 +274,7 @@ def _without_effect(values: Mapping[str, Any]) -> list[str]:
         )
     if values["eval_strategy"] == "no":
         acting = [name for name in ("kl_actions", "adaptive_beta") if values[name]]
+        acting += ["kl_controller"] * (values["kl_controller"] != "none")
         if acting:
             found.append(
                 f"{' and '.join(acting)} can do nothing: the KL is judged at evaluations, and eval_strategy is no"

@@ -171,10 +171,19 @@ def charts(run: Run) -> list[Chart]:
         Chart("rate", "Learning rate", "", [_train(run, "learning_rate")], text=fmt.power,
               markers=markers(run, "halve_lr", "rollback"), from_zero=True),
         Chart("beta", "Beta", "", [_train(run, "beta")], text=lambda v: fmt.number(v, 3),
-              markers=markers(run, "raise_beta", "adaptive_beta", "rollback"), from_zero=True),
+              markers=markers(run, "raise_beta", "adaptive_beta", "pi_beta", "rollback"), from_zero=True),
+        *_kl_coef(run),
         Chart("speed", "Speed", "pairs per second", [_train(run, "pairs_per_second")], text=lambda v: fmt.number(v, 2),
               from_zero=True),
     ]  # fmt: skip
+
+
+def _kl_coef(run: Run) -> list[Chart]:
+    """The penalty's weight, where a controller turned it."""
+    if not any(a.get("option") == "kl_coef" for a in run.actions):
+        return []
+    marks = markers(run, "dual_kl_coef", "rollback")
+    return [Chart("kl_coef", "KL penalty", "", [_train(run, "kl_coef")], text=fmt.power, markers=marks, from_zero=True)]
 
 
 def curves(run: Run) -> Markup:

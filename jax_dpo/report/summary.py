@@ -185,9 +185,14 @@ def action_text(action: Record) -> str:
     if name == "rollback":
         return f"rolled back from step {fmt.whole(old)} to step {fmt.whole(new)}"
     words = {"halve_lr": "learning rate halved", "raise_beta": "beta raised"}.get(str(name))
-    if name == "adaptive_beta":
+    controlled = {
+        "adaptive_beta": "adaptive beta",
+        "pi_beta": "PI control: beta",
+        "dual_kl_coef": "dual update: kl_coef",
+    }
+    if name in controlled:
         rose = (fmt.finite(new) or 0) >= (fmt.finite(old) or 0)
-        words = "adaptive beta raised" if rose else "adaptive beta lowered"
+        words = f"{controlled[str(name)]} {'raised' if rose else 'lowered'}"
     return f"{words or fmt.plain(name)}, {fmt.power(old)} to {fmt.power(new)}"
 
 

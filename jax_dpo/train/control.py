@@ -14,9 +14,7 @@ The loop carries the actions out. How the plain form is read here:
   halving the learning rate.
 - A KL that is not finite means parameters that no learning rate mends: it goes straight to `rollback` where that is in
   `kl_actions`.
-- Adaptive beta comes first and acts at every evaluation: above the target beta is multiplied by 1 + rate, below half of
-  it by 1 - rate. It stays between 1/4 of the configured beta (KL is near zero early in a run, which would bring beta down
-  without end) and 10 times it.
+- A controller (`controllers.py`) comes first and acts at every evaluation whose KL is finite.
 - Before step 1 nothing has been trained, so nothing is done.
 """
 
@@ -27,11 +25,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from jax_dpo.train.controllers import BETA_RANGE, Controller, Setting
+
 KL_ACTIONS = ("halve_lr", "raise_beta", "rollback")
 HALVE = 0.5
 RAISE = 1.5
 LEAST_LEARNING_RATE_SCALE = 1 / 1024
-BETA_RANGE = (0.25, 10.0)  # of the configured beta
 ROLLBACKS_TO_ONE_STEP = 3
 
 
@@ -48,8 +47,8 @@ class Controls:
 class Action:
     """One thing done about the KL, as `run.jsonl` has it.
 
-    `kind` is "halve_lr", "raise_beta", "rollback" or "adaptive_beta"; `option` is what it changes: "learning_rate" (old
-    and new are the schedule's peak), "beta" or "step".
+    `kind` is "halve_lr", "raise_beta", "rollback" or a controller's; `option` is what it changes: "learning_rate" (old
+    and new are the schedule's peak), "beta", "kl_coef" or "step".
     """
 
     kind: str
@@ -73,11 +72,12 @@ class ControlState:
 
     Attributes:
         controls: the values in force.
-        learning_rate, beta: as configured.
+        learning_rate, beta, kl_coef: as configured.
         turn: index into `kl_actions` of the action that is next.
         counts: how often each kind was taken.
         changed_at: the step, on the path that leads to the present, from which on the last change is in force.
         rollback_step, rollbacks: the step last gone back to, and how often in a row.
+        memory: what the controller remembers.
     """
 
     controls: Controls
@@ -88,11 +88,13 @@ class ControlState:
     changed_at: int = 0
     rollback_step: int = -1
     rollbacks: int = 0
+    kl_coef: float = 0.0
+    memory: float = 0.0
 
     @classmethod
     def start(cls, *, learning_rate: float, beta: float, kl_coef: float) -> ControlState:
         """The state of a fresh run, from the configured values."""
-        return cls(Controls(1.0, beta, kl_coef), learning_rate, beta)
+        return cls(Controls(1.0, beta, kl_coef), learning_rate, beta, kl_coef=kl_coef)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -110,8 +112,7 @@ def react(
     kl: float,
     target_kl: float,
     kl_actions: Sequence[str],
-    adaptive_beta: bool,
-    adaptive_beta_rate: float,
+    controller: Controller | None = None,
     step: int,
     good_step: int = 0,
 ) -> tuple[ControlState, list[Action]]:
@@ -120,6 +121,7 @@ def react(
     Args:
         kl: nats per token of the evaluation at `step`.
         kl_actions: names out of `KL_ACTIONS`.
+        controller: follows the KL at every evaluation; None for none.
         good_step: the step of the newest checkpoint whose KL held the bound; 0 is the start.
 
     Returns:
@@ -134,8 +136,8 @@ def react(
     if step <= 0:
         return state, []
     turn = _Turn(state, kl, target_kl, step, good_step)
-    if adaptive_beta and math.isfinite(kl):
-        turn.adapt_beta(adaptive_beta_rate)
+    if controller is not None and math.isfinite(kl):
+        turn.follow(controller)
     over = not kl <= target_kl  # so that NaN is over
     if over and kl_actions:
         turn.take_next(list(kl_actions))
@@ -151,19 +153,17 @@ class _Turn:
         self.kl, self.target_kl, self.step, self.good_step = kl, target_kl, step, good_step
         self.over = f"KL {kl:.4g} at step {step} is over target_kl {target_kl:g}"
 
-    def adapt_beta(self, rate: float) -> None:
-        beta = self.state.controls.beta
-        if self.kl > self.target_kl:
-            wanted, why = beta * (1 + rate), self.over
-        elif self.kl < self.target_kl / 2:
-            wanted = beta * (1 - rate)
-            why = f"KL {self.kl:.4g} at step {self.step} is below half of target_kl {self.target_kl:g}"
-        else:
+    def follow(self, controller: Controller) -> None:
+        state, option = self.state, controller.option
+        old, configured = getattr(state.controls, option), getattr(state, option)
+        new = controller(Setting(old, state.memory), kl=self.kl, target_kl=self.target_kl, configured=configured)
+        self.state = replace(state, memory=new.memory)
+        if new.value == old:
             return
-        low, high = (self.state.beta * bound for bound in BETA_RANGE)
-        new = min(max(wanted, low), high)
-        if new != beta:
-            self._set_beta("adaptive_beta", new, f"{why}: beta from {beta:.4g} to {new:.4g}")
+        where = "over" if self.kl > self.target_kl else "below half of" if self.kl < self.target_kl / 2 else "within"
+        reason = f"KL {self.kl:.4g} at step {self.step} is {where} target_kl {self.target_kl:g}"
+        self._set(replace(state.controls, **{option: new.value}))
+        self._note(controller.kind, f"{reason}: {option} from {old:.4g} to {new.value:.4g}", option, old, new.value)
 
     def take_next(self, names: list[str]) -> None:
         take = {"halve_lr": self._halve_lr, "raise_beta": self._raise_beta, "rollback": self._rollback}

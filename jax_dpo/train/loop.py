@@ -25,6 +25,7 @@ from jax_dpo.report.terminal import Display
 from jax_dpo.report.writers import Writers
 from jax_dpo.train.checkpoint import Checkpoints
 from jax_dpo.train.control import ControlState, react
+from jax_dpo.train.controllers import Controller
 from jax_dpo.train.evaluate import EvalSet, Evaluator, evaluate
 from jax_dpo.train.gates import Ranking
 from jax_dpo.train.metrics import Window
@@ -45,8 +46,7 @@ class KLControl:
 
     target_kl: float
     actions: tuple[str, ...]
-    adaptive_beta: bool
-    adaptive_beta_rate: float
+    controller: Controller | None = None
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,9 @@ class Loop:
         return Knobs(jnp.float32(rate), jnp.float32(controls.beta), jnp.float32(controls.kl_coef))
 
     def _judging_knobs(self) -> Knobs:
-        """Evaluations are made at the configured beta, so that they can be compared: raising beta must not raise a score."""
+        """Evaluations are made at the configured values, so that they can be compared: raising beta must not raise a score."""
         control = self.progress.control
-        return Knobs(jnp.float32(0), jnp.float32(control.beta), jnp.float32(control.controls.kl_coef))
+        return Knobs(jnp.float32(0), jnp.float32(control.beta), jnp.float32(control.kl_coef))
 
     def _take_step(self, batch: StepBatch, arrays: Batch) -> None:
         """Starts the next step, then reads the results of the one before it."""
@@ -347,8 +347,7 @@ class Loop:
             kl=kl,
             target_kl=c.target_kl,
             kl_actions=c.actions,
-            adaptive_beta=c.adaptive_beta,
-            adaptive_beta_rate=c.adaptive_beta_rate,
+            controller=c.controller,
             step=progress.step,
             good_step=good_step,
         )

@@ -20,6 +20,7 @@ from jax_dpo.report.writers import Writers, open_writers
 from jax_dpo.sharding.mesh import row_shards
 from jax_dpo.train.checkpoint import Checkpoints
 from jax_dpo.train.control import ControlState
+from jax_dpo.train.controllers import AdaptiveBeta, Controller, DualKLCoef, PIBeta
 from jax_dpo.train.evaluate import evaluate
 from jax_dpo.train.flops import matmul_rate, peak_of
 from jax_dpo.train.gates import Ranking
@@ -92,6 +93,18 @@ def schedule_options(config: DPOConfig) -> dict[str, Any]:
     if config.lr_scheduler_type == "cosine_with_min_lr" and "min_lr" in options:
         options["min_lr_rate"] = options.pop("min_lr") / rate
     return options
+
+
+def controller_of(config: DPOConfig) -> Controller | None:
+    """What follows the KL at every evaluation."""
+    name = "adaptive_beta" if config.adaptive_beta else config.kl_controller
+    proportional, integral = config.pi_beta_gains
+    choices: dict[str, Controller] = {
+        "adaptive_beta": AdaptiveBeta(config.adaptive_beta_rate),
+        "pi_beta": PIBeta(proportional, integral),
+        "dual_kl_coef": DualKLCoef(config.dual_kl_rate),
+    }
+    return choices.get(name)
 
 
 def ranking_of(config: DPOConfig, sets: Mapping[str | None, PairSet]) -> Ranking:
@@ -199,7 +212,7 @@ def assemble(
         learning_rate=config.learning_rate,
         key=jax.random.key(config.seed),
         options=engine.options,
-        control=KLControl(config.target_kl, tuple(config.kl_actions), config.adaptive_beta, config.adaptive_beta_rate),
+        control=KLControl(config.target_kl, tuple(config.kl_actions), controller_of(config)),
         ranking=ranking,
         checkpoints=Checkpoints(
             out, save_total_limit=config.save_total_limit, primary=primary, say=lambda text: run.notes.append(text)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
+from jax_dpo.train.controllers import DualKLCoef, PIBeta, Setting
 from jax_dpo.train.loop import Loop
 
 FAST = {
@@ -127,6 +128,33 @@ def test_adaptive_beta_follows_the_kl(evaluated: dict[str, Any], tmp_path: Path)
         if following:
             assert following[0]["beta"] == pytest.approx(beta, rel=1e-9)
     assert beta != 0.1
+
+
+@pytest.mark.parametrize(
+    ("controller", "turned", "more"),
+    [("pi_beta", "beta", {}), ("dual_kl_coef", "kl_coef", {"kl_reduction": "sequence", "dual_kl_rate": 0.5})],
+)
+def test_controllers_turn_what_they_say(
+    evaluated: dict[str, Any], tmp_path: Path, controller: str, turned: str, more: dict[str, Any]
+) -> None:
+    """What follows from the logged KLs by the controller's own rule is what the next step was taken with."""
+    out = tmp_path / "out"
+    bound = {"target_kl": 0.02, "save_strategy": "no", "max_steps": 4}
+    tiny.jax_dpo(
+        "train", *tiny.flags({**evaluated, **FAST, **bound, "kl_controller": controller, **more}), "--output_dir", out
+    )
+    configured = {"beta": 0.1, "kl_coef": 0.0}[turned]
+    rule: Any = PIBeta(1.0, 0.3) if controller == "pi_beta" else DualKLCoef(0.5)
+    setting = Setting(configured)
+    for evaluation in tiny.records(out, "eval")[1:]:
+        setting = rule(setting, kl=evaluation["eval_kl_divergence"], target_kl=0.02, configured=configured)
+        for following in tiny.records(out, "train"):
+            if following["step"] == evaluation["step"] + 1:
+                assert following[turned] == pytest.approx(setting.value, rel=1e-9)
+    assert setting.value > configured
+    assert {r["action"] for r in tiny.records(out, "kl_action")} == {controller}
+    # Evaluations are made at the configured values, or they could not be compared.
+    assert {r["beta"] for r in tiny.records(out, "eval")} == {0.1}
 
 
 def test_a_bound_that_is_broken_fails_the_gate(evaluated: dict[str, Any], tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from jax_dpo.train.control import BETA_RANGE, KL_ACTIONS, Action, Controls, ControlState, react
+from jax_dpo.train.control import KL_ACTIONS, Action, Controls, ControlState, react
+from jax_dpo.train.controllers import BETA_RANGE, AdaptiveBeta
 
 STANDARD = ("halve_lr", "raise_beta", "rollback")
 HIGH, LOW = 0.2, 0.06  # over the bound of 0.1; within it and not below half of it
@@ -22,7 +23,7 @@ def start(beta: float = 0.1) -> ControlState:
 def one(
     state: ControlState, kl: float, actions: Sequence[str] = STANDARD, **more: Any
 ) -> tuple[ControlState, list[Action]]:
-    options = {"target_kl": 0.1, "adaptive_beta": False, "adaptive_beta_rate": 0.1, "step": 10, **more}
+    options = {"target_kl": 0.1, "step": 10, **more}
     return react(state, kl=kl, kl_actions=actions, **options)
 
 
@@ -50,7 +51,7 @@ def test_no_actions_named_only_watches() -> None:
 
 
 def test_before_the_first_step_nothing_happens() -> None:
-    assert one(start(), 5.0, step=0, adaptive_beta=True) == (start(), [])
+    assert one(start(), 5.0, step=0, controller=AdaptiveBeta(0.1)) == (start(), [])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_actions_that_are_at_their_end_are_passed_over() -> None:
 
 @pytest.mark.parametrize("kl", [math.nan, math.inf])
 def test_a_kl_that_is_not_finite_rolls_back(kl: float) -> None:
-    state, done = one(start(), kl, STANDARD, step=30, good_step=10, adaptive_beta=True)
+    state, done = one(start(), kl, STANDARD, step=30, good_step=10, controller=AdaptiveBeta(0.1))
     assert [action.kind for action in done] == ["halve_lr", "rollback"]
     assert done[-1].new == 10
     assert done[0].record()["kl"] is None
@@ -156,24 +157,24 @@ def test_a_kl_that_is_not_finite_rolls_back(kl: float) -> None:
 
 @pytest.mark.parametrize(("kl", "factor"), [(0.11, 1.1), (0.1, 1.0), (0.05, 1.0), (0.049, 0.9), (0.0, 0.9)])
 def test_adaptive_beta(kl: float, factor: float) -> None:
-    state, done = one(start(0.2), kl, (), adaptive_beta=True)
+    state, done = one(start(0.2), kl, (), controller=AdaptiveBeta(0.1))
     assert state.controls.beta == pytest.approx(0.2 * factor)
     assert [action.kind for action in done] == (["adaptive_beta"] if factor != 1 else [])
 
 
 def test_adaptive_beta_takes_its_rate() -> None:
-    assert one(start(), HIGH, (), adaptive_beta=True, adaptive_beta_rate=0.25)[0].controls.beta == pytest.approx(0.125)
+    assert one(start(), HIGH, (), controller=AdaptiveBeta(0.25))[0].controls.beta == pytest.approx(0.125)
 
 
 def test_adaptive_beta_stays_in_its_range() -> None:
     for kl, bound in ((0.0, BETA_RANGE[0]), (1.0, BETA_RANGE[1])):
-        state, taken = simulate([kl] * 40, (), adaptive_beta=True)
+        state, taken = simulate([kl] * 40, (), controller=AdaptiveBeta(0.1))
         assert state.controls.beta == pytest.approx(0.1 * bound)
         assert taken[-1] == [], "an action that changes nothing is none"
 
 
 def test_adaptive_beta_comes_before_the_listed_action() -> None:
-    state, done = one(start(), HIGH, ["raise_beta"], adaptive_beta=True)
+    state, done = one(start(), HIGH, ["raise_beta"], controller=AdaptiveBeta(0.1))
     assert [(action.kind, action.new) for action in done] == [
         ("adaptive_beta", pytest.approx(0.11)),
         ("raise_beta", pytest.approx(0.165)),
