@@ -70,6 +70,9 @@ TRL_DEFAULTS: dict[str, Any] = {
     "data_seed": None,
     "train_sampling_strategy": "random",
     "resume_from_checkpoint": None,
+    "sync_ref_model": False,
+    "ref_model_mixup_alpha": 0.6,
+    "ref_model_sync_steps": 512,
 }
 OWN_DEFAULTS: dict[str, Any] = {
     "target_kl": 0.1,

@@ -139,7 +139,8 @@ def engine_on(
         "mesh_tensor": mesh[2],
     }
     config = DPOConfig("unused", **{**chosen, **options})
-    plan = Plan(train, per_device, row_shards(grid), steps, 1, 1, 0)
+    moves = config.ref_model_sync_steps if config.sync_ref_model else 0
+    plan = Plan(train, per_device, row_shards(grid), steps, 1, 1, 0, sync_steps=moves)
     pairing = pairing_of(shape or shape_of(), lora=lora, dropout=dropout)
     engine = Engine(config, pairing, pair_set(train), {None: pair_set(held_out, seed=1)}, plan)
     engine.__dict__["mesh"] = grid  # a part of the devices, where the run itself takes all
@@ -157,13 +158,16 @@ def run(engine: Engine, steps: int = 4) -> Trajectory:
     assert engine.plan is not None
     found = Trajectory([], [], [], {}, {}, [])
     held_out = engine.held_out(None, engine.eval_sets[None])
-    found.evaluation = evaluate(engine.evaluator, held_out, state.params, frozen, knobs_of(engine), engine.options)
+    held = frozen.against(state)
+    found.evaluation = evaluate(engine.evaluator, held_out, state.params, held, knobs_of(engine), engine.options)
     for k in range(steps):
         batch = engine.batch_at(engine.plan.after(k))
         arrays = engine.to_devices(batch)
         state, results = engine.step(
             state, frozen, arrays, jnp.int32(batch.micro_batches), knobs_of(engine), jax.random.key(k)
         )
+        if engine.sync is not None and engine.plan.syncs_at(k + 1):
+            state = engine.sync(state)
         assert bool(results["finite"])
         found.sums.append({name: float(x) for name, x in results["sums"]._asdict().items()})
         found.losses.append(found.sums[-1]["loss"])

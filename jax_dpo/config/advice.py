@@ -78,9 +78,6 @@ ADVICE: dict[str, str] = {
     # TRL 1.16's DPO options that are still to come.
     "precompute_ref_log_probs": f"{_LATER}; the reference runs in the same step, leave it out",
     "precompute_ref_batch_size": f"{_LATER}; the reference runs in the same step, leave it out",
-    "sync_ref_model": f"{_LATER}; the reference stays as it is",
-    "ref_model_mixup_alpha": f"{_LATER}; the reference stays as it is",
-    "ref_model_sync_steps": f"{_LATER}; the reference stays as it is",
     "router_aux_loss_coef": f"{_LATER}; the model families of this version have no router",
     "activation_offloading": f"{_LATER}; gradient_checkpointing: true and micro_batch_tokens save memory",
     "torch_empty_cache_steps": _TORCH,

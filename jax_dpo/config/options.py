@@ -280,6 +280,20 @@ class DPOConfig:
     discopop_tau: float = option(0.05, "Temperature of the discopop loss.", group="Loss", check=above(0))
     disable_dropout: bool = option(True, "No dropout, LoRA's included.", group="Loss")
 
+    sync_ref_model: bool = option(
+        False,
+        "Move the reference toward the policy every ref_model_sync_steps (TR-DPO): reference <- ref_model_mixup_alpha * policy + "
+        "(1 - ref_model_mixup_alpha) * reference. The KL, rewards and margins are against the reference as it has moved by then. Not with "
+        "an adapter.",
+        group="Reference",
+    )
+    ref_model_mixup_alpha: float = option(
+        0.6, "The policy's share where sync_ref_model moves the reference.", group="Reference", check=within(0, 1)
+    )
+    ref_model_sync_steps: int = option(
+        512, "Optimizer steps from one move of the reference to the next.", group="Reference", check=at_least(1)
+    )
+
     target_kl: float = option(
         0.1,
         "Bound on the KL divergence of the policy from the reference, in nats per response token: watched, ranked by, judged by.",

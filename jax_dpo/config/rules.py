@@ -56,6 +56,8 @@ _SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
     ),
 }
 SCHEDULERS = tuple(_SCHEDULER_KWARGS)
+# What only sync_ref_model reads, with its defaults.
+_OF_SYNC = (("ref_model_mixup_alpha", 0.6), ("ref_model_sync_steps", 512))
 _RAMPS = ("linear", "cosine", "1-sqrt")
 
 
@@ -259,6 +261,11 @@ def _unusual(values: Mapping[str, Any], adapter: bool, data_parallel: int) -> li
         )
     if values["ld_alpha"] is not None and values["ld_alpha"] > 1:
         found.append(f"ld_alpha {values['ld_alpha']:g} weighs the longer answer's tail more than the shared length")
+    if values["sync_ref_model"]:
+        found.append(
+            "sync_ref_model: margins, losses and KL of two evaluations are against two references where it moved between them, so the best "
+            "checkpoint is the best against its own"
+        )
     if values["target_kl"] > 1:
         found.append(f"target_kl {values['target_kl']:g} nats per token is far from the reference: 0.1 is the standard")
     return found
@@ -272,6 +279,9 @@ def _without_effect(values: Mapping[str, Any]) -> list[str]:
             f"label_smoothing {values['label_smoothing']:g} has no effect with loss_type {', '.join(losses)}, as in TRL 1.16; "
             "robust reads it"
         )
+    moving = [name for name, usual in _OF_SYNC if values[name] != usual]
+    if moving and not values["sync_ref_model"]:
+        found.append(f"{' and '.join(moving)} can do nothing: sync_ref_model is false, so the reference stays as it is")
     if values["eval_strategy"] == "no":
         acting = [name for name in ("kl_actions", "adaptive_beta") if values[name]]
         acting += ["kl_controller"] * (values["kl_controller"] != "none")

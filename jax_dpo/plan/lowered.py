@@ -45,10 +45,12 @@ def abstract_params(config: ModelConfig) -> Tree:
     return unflatten({path: x for path, x in flatten(tree).items() if is_adapter(path)})
 
 
-def abstract_state(params: Tree, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of the whole train state."""
+def abstract_state(
+    params: Tree, tx: optax.GradientTransformation, mesh: Mesh, *, moving_reference: bool = False
+) -> TrainState:
+    """Shapes and shardings of the whole train state; a reference that moves is a second copy of the parameters in it."""
     step = jax.ShapeDtypeStruct((), np.int32)
-    state = TrainState(step, params, jax.eval_shape(tx.init, params))
+    state = TrainState(step, params, jax.eval_shape(tx.init, params), params if moving_reference else {})
     return jax.tree.map(_laid, state, state_shardings(state, mesh))
 
 

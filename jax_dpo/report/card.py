@@ -85,7 +85,7 @@ def _evaluation(run: Run, step: int | None) -> str:
             ("loss", *(fmt.number(eval_value(r, "loss")) for r in columns)),
             ("accuracy", *(summary.accuracy_text(r) for r in columns)),
             ("reward margin", *(fmt.signed(eval_value(r, "rewards/margins")) for r in columns)),
-            ("KL to the reference, nats per token", *(fmt.number(eval_value(r, "kl_divergence")) for r in columns)),
+            (f"{run.kl_title}, nats per token", *(fmt.number(eval_value(r, "kl_divergence")) for r in columns)),
         ]
         head = (f"held-out pairs{f' ({name})' if name else ''}", *(f"step {r['step']:,}" for r in columns))
         blocks.append(_table(head, rows))

@@ -152,7 +152,7 @@ def tiles(run: Run) -> Markup | None:
             _since(first, last, fmt.signed(eval_value(first, "rewards/margins"))),
         ),
         _tile(
-            "KL to the reference",
+            run.kl_title,
             fmt.number(kl),
             f"bound {bound:g} nats per token" if bound is not None else "nats per token",
             meter=_meter(kl, bound),
@@ -181,7 +181,7 @@ def _train_tiles(run: Run) -> Markup | None:
     boxes = [
         _tile("Training accuracy", fmt.percent(last.get("rewards/accuracies"))),
         _tile("Training margin", fmt.signed(last.get("rewards/margins"))),
-        _tile("KL to the reference", fmt.number(kl), f"bound {bound:g} nats per token" if bound else "nats per token",
+        _tile(run.kl_title, fmt.number(kl), f"bound {bound:g} nats per token" if bound else "nats per token",
               meter=_meter(kl, bound), over=over),
         _tile("Training loss", fmt.number(last.get("loss"))),
     ]  # fmt: skip

@@ -57,6 +57,12 @@ class Run:
         return None
 
     @property
+    def kl_title(self) -> str:
+        """What the KL is measured against."""
+        moved = part(self.start, "options").get("sync_ref_model")
+        return "KL to the moved reference" if moved else "KL to the reference"
+
+    @property
     def adapter(self) -> bool:
         """Whether only adapters are trained."""
         model = part(self.start, "model")

@@ -39,6 +39,7 @@ class Facts:
         all_rates_zero: no step had a learning rate above zero.
         skipped: steps left out because their gradient was not finite.
         learning_rate, beta: as configured; the advice names them, and margins are brought back to this beta.
+        sync_steps: the reference moves every so many steps; margins and losses from before and after a move do not compare.
     """
 
     done: int = 0
@@ -48,6 +49,13 @@ class Facts:
     skipped: int = 0
     learning_rate: float | None = None
     beta: float | None = None
+    sync_steps: int = 0
+
+    def moved(self, entry: Entry) -> str:
+        """Why the margin and the loss of an evaluation say nothing of the way from the start; empty where they do."""
+        if not self.sync_steps or (entry.get("step") or 0) < self.sync_steps:
+            return ""
+        return f"the reference moved on the way (sync_ref_model, every {self.sync_steps} steps)"
 
 
 @dataclass(frozen=True)
@@ -237,6 +245,8 @@ def _margin(seen: Sequence[Entry], name: str | None, facts: Facts, missing: str)
     values = [(step, value) for step, value in values if value is not None]
     if not values:
         return Gate("margin", NOT_JUDGED, bound=0.0, reason=missing)
+    if moved := facts.moved(seen[-1]):
+        return Gate("margin", NOT_JUDGED, values[-1][1], reason=moved)
     (first_step, first), (_, last) = values[0], values[-1]
     assert first is not None and last is not None
     bound, against = 0.0, "0"
@@ -261,6 +271,8 @@ def _improving(seen: Sequence[Entry], name: str | None, facts: Facts, missing: s
         return Gate("improving", NOT_JUDGED, reason=missing)
     if len(losses) == 1:
         return Gate("improving", NOT_JUDGED, reason="one evaluation only, nothing to compare with")
+    if moved := facts.moved(seen[-1]):
+        return Gate("improving", NOT_JUDGED, losses[-1][1], reason=moved)
     (first_step, first), (_, last) = losses[0], losses[-1]
     if last < first:
         return Gate("improving", PASSED, last, first)

@@ -57,6 +57,7 @@ class Parts:
     step: Step
     evaluator: Evaluator
     frozen: Frozen
+    sync: Callable[[TrainState], TrainState] | None
     fresh_state: Callable[[], TrainState]
     batch_at: Callable[[Position], StepBatch]
     to_devices: Callable[[StepBatch], Batch]
@@ -223,6 +224,8 @@ class Loop:
         self.last_read = began if self.last_read is None else self.last_read
         self.state, results = self.compiled(*args)
         progress.step += 1
+        if parts.sync is not None and parts.plan.syncs_at(progress.step):
+            self.state = parts.sync(self.state)
         progress.position = parts.plan.after(1, progress.position)
         progress.num_tokens += batch.trl_tokens
         progress.moved = progress.moved or rate > 0
@@ -308,11 +311,11 @@ class Loop:
         """All held-out sets as they stand now; one record each."""
         parts = self.parts
         found: dict[str, float] = {}
-        beta = self.progress.control.beta
+        beta, frozen = self.progress.control.beta, parts.frozen.against(self.state)
         for held_out in parts.eval_sets:
             parts.display.busy("evaluating" + (f" {held_out.name}" if held_out.name else ""))
             knobs = self._judging_knobs()
-            metrics = evaluate(parts.evaluator, held_out, self.state.params, parts.frozen, knobs, parts.options)
+            metrics = evaluate(parts.evaluator, held_out, self.state.params, frozen, knobs, parts.options)
             name = {} if held_out.name is None else {"set": held_out.name}
             self._write("eval", {**metrics, "beta": beta, **name, **self._tokens_so_far(held_out)})
             parts.notify("on_evaluate", metrics)

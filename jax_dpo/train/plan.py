@@ -22,6 +22,7 @@ class Plan:
     save_steps: int
     logging_first_step: bool = False
     eval_on_start: bool = False
+    sync_steps: int = 0
 
     @property
     def per_epoch(self) -> int:
@@ -48,6 +49,10 @@ class Plan:
 
     def saves_at(self, step: int) -> bool:
         return self.save_steps > 0 and (step % self.save_steps == 0 or step == self.total)
+
+    def syncs_at(self, step: int) -> bool:
+        """Whether the reference moves after the optimizer's update of this step, before anything looks at it (TRL's order)."""
+        return self.sync_steps > 0 and step % self.sync_steps == 0
 
 
 def interval(value: float | None, total: int, default: int) -> int:

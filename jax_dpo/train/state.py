@@ -12,22 +12,31 @@ from jax_dpo.models.config import ModelConfig
 
 
 class TrainState(NamedTuple):
-    """Donated to the step. `params` are the trained leaves alone, in float32. Leaves are arrays, shapes or shardings."""
+    """Donated to the step. `params` are the trained leaves alone, in float32. Leaves are arrays, shapes or shardings.
+
+    `reference` is there where the reference moves (`sync_ref_model`), in float32 as well: what a sync adds would be lost below half a
+    unit of bfloat16's last place. It is empty where the reference stays as it is and lies in `Frozen`.
+    """
 
     step: Any
     params: Tree
     opt_state: Any
+    reference: Tree
 
 
 class Frozen(NamedTuple):
     """Beside the state, never donated, never trained.
 
     `base` is what a LoRA policy stands on (empty in full training); `reference` is what the reference has of its own: a whole copy,
-    the leaves of a frozen adapter, or nothing (the bare base).
+    the leaves of a frozen adapter, or nothing (the bare base, or a reference that moves and lies in `TrainState`).
     """
 
     base: Tree
     reference: Tree
+
+    def against(self, state: TrainState) -> Frozen:
+        """With the reference that the state carries, where it moves."""
+        return self._replace(reference=state.reference) if state.reference else self
 
 
 class Knobs(NamedTuple):

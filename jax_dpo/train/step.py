@@ -125,7 +125,8 @@ def _accumulated(
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Parameters by the rules, optimizer moments as their parameters, the rest replicated. `state` may be abstract."""
-    return TrainState(replicated(mesh), shardings(state.params, mesh), like_params(state.opt_state, state.params, mesh))
+    opt_state = like_params(state.opt_state, state.params, mesh)
+    return TrainState(replicated(mesh), shardings(state.params, mesh), opt_state, shardings(state.reference, mesh))
 
 
 def make_step(
@@ -148,9 +149,11 @@ def make_step(
     def step(
         state: TrainState, frozen: Frozen, batch: Batch, count: jax.Array, knobs: Knobs, key: jax.Array
     ) -> tuple[TrainState, dict[str, Any]]:
+        held = frozen.against(state)
+
         def loss_fn(params: Tree, part: Batch, i: jax.Array | int) -> tuple[jax.Array, Sums]:
             mine = jax.random.fold_in(key, i) if facts.dropout else None
-            return micro_batch_loss(facts, options, params, frozen, part, knobs, mesh, mine)
+            return micro_batch_loss(facts, options, params, held, part, knobs, mesh, mine)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         grads, sums = _accumulated(grad_fn, state.params, batch, count, place.params)
@@ -158,9 +161,21 @@ def make_step(
         updates, opt_state = tx.update(clip(grads, norm, max_grad_norm), state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - knobs.learning_rate * u, state.params, updates)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-        return TrainState(state.step + 1, params, opt_state), {"sums": sums, "grad_norm": norm, "finite": finite}
+        after = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+        return after, {"sums": sums, "grad_norm": norm, "finite": finite}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(mesh)))
+
+
+def make_sync(mesh: Mesh, abstract: TrainState, mixup: float) -> Callable[[TrainState], TrainState]:
+    """The jitted `reference <- mixup * policy + (1 - mixup) * reference` (the soft update of TR-DPO,
+    arXiv 2404.09656); `state` is donated."""
+
+    def sync(state: TrainState) -> TrainState:
+        moved = jax.tree.map(lambda r, p: (1.0 - mixup) * r + mixup * p, state.reference, state.params)
+        return state._replace(reference=moved)
+
+    return jax.jit(sync, donate_argnums=0, out_shardings=state_shardings(abstract, mesh))
 
 
 def make_evaluation(

@@ -16,13 +16,15 @@ from jax_dpo.policy import Policy
 from jax_dpo.report.records import Record, RunLog, log_history
 from jax_dpo.report.terminal import Display, Quiet
 from jax_dpo.sharding.multihost import from_primary, is_primary
+from jax_dpo.train.checkpoint import Checkpoints
 from jax_dpo.train.loop import Loop
 from jax_dpo.train.memory import MemorySettings, memory_advice
 from jax_dpo.train.signals import StopRequest
+from jax_dpo.train.state import TrainState
 from jax_dpo.trainer import outputs
 from jax_dpo.trainer.datasets import Tokenizer, prepare_evaluation, prepare_set
 from jax_dpo.trainer.engine import Engine
-from jax_dpo.trainer.models import pair_models
+from jax_dpo.trainer.models import check_sync, pair_models
 from jax_dpo.trainer.parts import assemble, evaluation_metrics, fresh_progress, make_plan, ranking_of, start_record
 from jax_dpo.trainer.run import Run
 from jax_dpo.trainer.setup import prepare_jax
@@ -98,6 +100,8 @@ class DPOTrainer(Run):
         self.callbacks = list(callbacks or [])
         self.pairing = pair_models(model, ref_model, peft_config, revision=revision, seed=args.seed if args else 42)
         self.args = args or DPOConfig(f"{self.pairing.policy.name}-DPO")
+        if self.args.sync_ref_model:
+            check_sync(self.pairing)
         self.notes = prepare_jax(self.args)
         self.tokenizer = Tokenizer(processing_class if processing_class is not None else tokenizer, self.pairing.policy)
         self.train_set = None
@@ -161,9 +165,24 @@ class DPOTrainer(Run):
                 self._device_state = self.engine.fresh_state()
                 self._frozen = self.engine.frozen(self._device_state)
                 if self.already_finished:
-                    out, best = Path(self.args.output_dir), self.args.load_best_model_at_end
-                    trained = outputs.trained_policy(out, self.pairing.policy, best=best)
-                    self._device_state = self.engine.with_params(self._device_state, trained)
+                    self._device_state = self._finished_state(self._device_state)
+
+    def _finished_state(self, fresh: TrainState) -> TrainState:
+        """What a finished run came to: its model, and its reference, where that moved, out of the checkpoint of the same step."""
+        out, best = Path(self.args.output_dir), self.args.load_best_model_at_end
+        state = self.engine.with_params(fresh, outputs.trained_policy(out, self.pairing.policy, best=best))
+        if not fresh.reference:
+            return state
+        verdict = outputs.read_json(out / "verdict.json")
+        step = int(((verdict["best"] if best else None) or verdict["final"])["step"])
+        with Checkpoints(out, save_total_limit=None, primary=is_primary()) as checkpoints:
+            if step not in checkpoints.steps():
+                raise UserError(
+                    "moved-reference-missing",
+                    f"The run in {out} moved its reference (sync_ref_model), which only its checkpoints hold, and checkpoint-{step} is not "
+                    "there. Evaluate {out / 'final'} with jax-dpo evaluate against a reference of your choice (ref_model_name_or_path).",
+                )
+            return state._replace(reference=checkpoints.restore(step, self.engine.abstract_state)[0].reference)
 
     def _notify(self, event: str, fields: dict[str, Any]) -> None:
         """Tells the callbacks, with TRL's arguments."""

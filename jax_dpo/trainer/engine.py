@@ -28,9 +28,9 @@ from jax_dpo.train.flops import attended_of, cost_of, work_of
 from jax_dpo.train.optimizer import adamw
 from jax_dpo.train.plan import Plan
 from jax_dpo.train.state import TrainState
-from jax_dpo.train.step import make_evaluation, make_step
+from jax_dpo.train.step import make_evaluation, make_step, make_sync
 from jax_dpo.trainer.datasets import PairSet
-from jax_dpo.trainer.models import Pairing, facts_of, frozen_of, place, trained_leaves
+from jax_dpo.trainer.models import Pairing, facts_of, frozen_of, moving_reference, place, trained_leaves
 
 SAMPLED_STEPS = 32  # steps whose packing decides the batch shape
 COUNTED_PAIRS = 400_000  # up to so many pairs every step is packed ahead, to know the most micro-batches of any
@@ -114,7 +114,8 @@ class Engine:
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the whole train state."""
-        return abstract_state(self.abstract_params, self.tx, self.mesh)
+        moves = self.config.sync_ref_model
+        return abstract_state(self.abstract_params, self.tx, self.mesh, moving_reference=moves)
 
     def fresh_state(self) -> TrainState:
         """The state before step 1, read from the model's files."""
@@ -122,7 +123,9 @@ class Engine:
         where = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         # Without the shardings every moment would be made on one device.
         opt_state = jax.jit(self.tx.init, out_shardings=where.opt_state)(params)
-        return TrainState(jax.device_put(np.int32(0), replicated(self.mesh)), params, opt_state)
+        step = jax.device_put(np.int32(0), replicated(self.mesh))
+        moving = moving_reference(self.pairing, params, self.mesh) if self.config.sync_ref_model else {}
+        return TrainState(step, params, opt_state, moving)
 
     def with_params(self, state: TrainState, policy: Policy) -> TrainState:
         """The state with the trained parameters of another policy of the same shape."""
@@ -134,7 +137,7 @@ class Engine:
 
     def frozen(self, state: TrainState) -> Any:
         """Reference and base; `state` is the fresh one."""
-        return frozen_of(self.pairing, state.params, self.mesh, self.dtype)
+        return frozen_of(self.pairing, state.params, self.mesh, self.dtype, moving=self.config.sync_ref_model)
 
     @cached_property
     def feed(self) -> Feed:
@@ -236,6 +239,12 @@ class Engine:
             self.abstract_state,
             max_grad_norm=self.config.max_grad_norm,
         )
+
+    @cached_property
+    def sync(self) -> Callable[[TrainState], TrainState] | None:
+        """Moves the reference toward the policy; None where it stays."""
+        c = self.config
+        return make_sync(self.mesh, self.abstract_state, c.ref_model_mixup_alpha) if c.sync_ref_model else None
 
     @cached_property
     def evaluator(self) -> Any:

@@ -140,13 +140,47 @@ def trained_leaves(policy: Policy) -> dict[str, Any]:
     return adapter or dict(policy.leaves)
 
 
-def frozen_of(pairing: Pairing, params: Tree, mesh: Mesh, compute_dtype: str) -> Frozen:
+def check_sync(pairing: Pairing) -> None:
+    """Raises UserError where the reference cannot move toward the policy: it must be a whole model of the policy's own shapes."""
+    policy = pairing.policy
+    if policy.config.lora is not None:
+        raise UserError(
+            "sync-ref-model-adapter",
+            "sync_ref_model moves the reference's weights toward the policy's, but here an adapter is trained and the reference has the "
+            "base without a copy (TRL refuses this too). Train all parameters (no peft_config, no adapter on the model), or set "
+            "sync_ref_model to false.",
+        )
+    if pairing.other is None:
+        return
+    theirs = pairing.other.leaves
+    for path in [*policy.leaves, *theirs]:
+        mine, other = (tuple(leaves[path].shape) if path in leaves else None for leaves in (policy.leaves, theirs))
+        if mine != other:
+            raise UserError(
+                "sync-ref-model-shapes",
+                f"sync_ref_model mixes the weights of policy and reference, which must have the same shapes: {path} is {mine} in "
+                f"{policy.title} and {other} in {pairing.other.title}. Give a reference of the policy's architecture, or set "
+                "sync_ref_model to false.",
+            )
+
+
+def moving_reference(pairing: Pairing, params: Tree, mesh: Mesh) -> Tree:
+    """The start of a reference that moves, in float32; `params` are the trained parameters at the start."""
+    if pairing.other is not None:
+        return place(pairing.other.leaves, mesh, "float32")
+    return jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings(params, mesh))(params)
+
+
+def frozen_of(pairing: Pairing, params: Tree, mesh: Mesh, compute_dtype: str, *, moving: bool = False) -> Frozen:
     """What the step holds beside the trained parameters, in the compute dtype: that is how it is used, and half the memory.
 
-    `params` are the trained parameters at the start; a reference that is their copy is made on the devices.
+    `params` are the trained parameters at the start; a reference that is their copy is made on the devices. One that moves is part of
+    the train state.
     """
     policy = pairing.policy
     base: Tree = {}
+    if moving:
+        return Frozen(base, {})
     if policy.config.lora is not None:
         base = place({p: x for p, x in policy.leaves.items() if not is_adapter(p)}, mesh, compute_dtype)
     if pairing.kind == OTHER:

@@ -61,6 +61,7 @@ def make_plan(config: DPOConfig, pairs: int) -> Plan:
         save_steps=every(config.save_strategy, config.save_steps, 500),
         logging_first_step=config.logging_first_step,
         eval_on_start=config.eval_on_start and config.eval_strategy != "no",
+        sync_steps=config.ref_model_sync_steps if config.sync_ref_model else 0,
     )
 
 
@@ -204,6 +205,7 @@ def assemble(
         step=engine.step,
         evaluator=engine.evaluator,
         frozen=frozen,
+        sync=engine.sync,
         fresh_state=engine.fresh_state,
         batch_at=engine.batch_at,
         to_devices=engine.to_devices,
@@ -235,10 +237,22 @@ def evaluation_metrics(
     engine, config = run.engine, run.args
     knobs = Knobs(jnp.float32(0), jnp.float32(config.beta), jnp.float32(config.kl_coef))
     found: dict[str, float] = {}
+    held = frozen.against(state)
     for name, data in sets.items():
         held_out = engine.held_out(name, data)
-        found |= evaluate(engine.evaluator, held_out, state.params, frozen, knobs, engine.options)
+        found |= evaluate(engine.evaluator, held_out, state.params, held, knobs, engine.options)
     return found
+
+
+def reference_sentence(run: Run) -> str:
+    """What the policy is held against, in words."""
+    plan, whole = run.plan, run.pairing.sentence
+    if plan is None or not plan.sync_steps:
+        return whole
+    return (
+        f"{whole.replace(', frozen', '')}, moved {run.args.ref_model_mixup_alpha:g} of the way to the policy every {plan.sync_steps} steps "
+        "(TR-DPO): KL, rewards and margins are against the reference as it has moved by then"
+    )
 
 
 def start_record(run: Run) -> Record:
@@ -271,7 +285,7 @@ def start_record(run: Run) -> Record:
             "dtype": policy.files.dtype,
             "compute_dtype": engine.dtype,
         },
-        "reference": run.pairing.sentence,
+        "reference": reference_sentence(run),
         "data": {"train": sets["train"].data.counts, "eval": held_out},
         "devices": {
             "platform": jax.default_backend(),

@@ -61,7 +61,8 @@ def answer_samples(run: Run, state: TrainState, frozen: Frozen, step: int) -> di
     prompts = [list(p) for p in distinct]
     facts, dtype = run.engine.facts, jnp.dtype(run.engine.dtype)
     policy = overlay(frozen.base, cast_for_compute(state.params, dtype))
-    reference = overlay(frozen.base, frozen.reference) if facts.reference_on_base else frozen.reference
+    own = cast_for_compute(frozen.reference, dtype)
+    reference = overlay(frozen.base, own) if facts.reference_on_base else own
     before = _answers(run, facts.reference, reference, prompts)
     after = _answers(run, facts.policy, policy, prompts)
     tokenizer = run.tokenizer.loaded

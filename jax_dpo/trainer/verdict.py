@@ -21,7 +21,7 @@ def conclude(run: Run, loop: Loop, *, primary: bool) -> int:
     parts, progress, config = loop.parts, loop.progress, run.args
     out = Path(config.output_dir)
     if config.generate_samples > 0:
-        record = answer_samples(run, loop.state, parts.frozen, progress.step)
+        record = answer_samples(run, loop.state, parts.frozen.against(loop.state), progress.step)
         parts.display.write(parts.writers.write(record))
     best = progress.best_saved(parts.ranking)
     files = run.tokenizer.files
@@ -51,6 +51,7 @@ def conclude(run: Run, loop: Loop, *, primary: bool) -> int:
             all_rates_zero=not progress.moved,
             learning_rate=config.learning_rate,
             beta=config.beta,
+            sync_steps=plan.sync_steps,
         ),
     )
     parts.display.write(parts.writers.write({"kind": "verdict", "step": progress.step, **verdict.to_dict()}))

@@ -67,6 +67,16 @@ def test_meshes_take_the_same_steps_with_an_adapter(mesh: tuple[int, int, int]) 
     check_same(found, on_one_device(True))
 
 
+def test_meshes_move_the_reference_alike() -> None:
+    """TR-DPO: the reference lies as the parameters do, and the steps after a move see the same one."""
+    moving = {"sync_ref_model": True, "ref_model_sync_steps": 2, "adam_epsilon": EPSILON}
+    want = tiny.run(tiny.engine_on(ONE, **moving))
+    check_same(tiny.run(tiny.engine_on((2, 2, 2), **moving)), want)
+    still = on_one_device(False)
+    assert want.losses[:2] == pytest.approx(still.losses[:2], abs=2e-6)
+    assert want.sums[2]["kl_chosen"] < 0.5 * still.sums[2]["kl_chosen"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [ONE, (8, 1, 1), (4, 1, 2)])
 def test_micro_batches_take_the_same_steps(mesh: tuple[int, int, int]) -> None:
