@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,26 @@ def shape_of(**changes: Any) -> ModelConfig:
     return model_config({**attributes, **changes})
 
 
+def gemma2() -> ModelConfig:
+    """All that Gemma 2 has and llama has not, in two layers of the same sizes; both caps bite."""
+    return replace(
+        shape_of(num_hidden_layers=2, tie_word_embeddings=True, hidden_act="gelu_pytorch_tanh"),
+        layer_windows=(5, None),
+        norms_after=True,
+        norm_offset=1.0,
+        attention_scale=0.3,
+        attention_softcap=4.0,
+        logit_softcap=6.0,
+        embedding_scale=8.0,
+    )
+
+
 def weights_of(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 weights by tree path; norms around 1, wide enough that no branch is idle."""
+    """Random float32 weights by tree path; norms multiply by around 1, wide enough that no branch is idle."""
     flat = {}
     for i, (path, shape) in enumerate(parameter_shapes(config).items()):
         noise = np.random.default_rng([seed, i]).standard_normal(shape).astype(np.float32)
-        flat[path] = 1 + 0.2 * noise if path.endswith("norm.weight") else 0.15 * noise
+        flat[path] = 1 - config.norm_offset + 0.2 * noise if path.endswith("norm.weight") else 0.15 * noise
     return flat
 
 

@@ -82,6 +82,10 @@ class ModelConfig:
 
     `layer_windows` and `layer_ropes` have one entry per layer: the sliding window in tokens, the query itself included
     (None: full attention), and the rotary embedding. `attention_bias` is that of q, k and v, `attention_out_bias` of o.
+
+    Scores of attention are `attention_scale` q k, and capped to `softcap * tanh(score / softcap)` where `attention_softcap` is given;
+    so are logits by `logit_softcap`. `norm_offset` is added to the weights of norms, embeddings are multiplied by `embedding_scale`.
+    With `norms_after` each branch has a norm before it and one after it, before it is added.
     """
 
     model_type: str
@@ -102,6 +106,12 @@ class ModelConfig:
     layer_windows: tuple[int | None, ...]
     layer_ropes: tuple[Rope, ...]
     max_position_embeddings: int
+    attention_scale: float
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    norm_offset: float = 0.0
+    norms_after: bool = False
+    embedding_scale: float = 1.0
     lora: LoraSpec | None = None
 
 
@@ -135,6 +145,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "model.layers.input_layernorm.weight": (layers, d),
         "model.layers.post_attention_layernorm.weight": (layers, d),
     }
+    if config.norms_after:
+        shapes["model.layers.pre_feedforward_layernorm.weight"] = (layers, d)
+        shapes["model.layers.post_feedforward_layernorm.weight"] = (layers, d)
     if config.qk_norm:
         shapes["model.layers.self_attn.q_norm.weight"] = (layers, config.head_dim)
         shapes["model.layers.self_attn.k_norm.weight"] = (layers, config.head_dim)

@@ -65,6 +65,18 @@ def unembedding(config: ModelConfig, params: Mapping[str, Any]) -> jax.Array:
     return params["model"]["embed_tokens"]["weight"] if config.tie_word_embeddings else params["lm_head"]["weight"]
 
 
+def shaped_logits(config: ModelConfig, hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """Float32 logits [..., V] of final hidden states [..., D], capped where the family does so; `head` is the unembedding."""
+    z = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+    cap = config.logit_softcap
+    return z if cap is None else cap * jnp.tanh(z / cap)
+
+
+def embed(config: ModelConfig, found: jax.Array) -> jax.Array:
+    """Rows of the embedding as the first block takes them; the factor is rounded to their dtype, as transformers rounds it."""
+    return found if config.embedding_scale == 1.0 else found * jnp.asarray(config.embedding_scale, found.dtype)
+
+
 def _kinds(values: tuple) -> tuple[list, np.ndarray]:
     """Distinct values in order of appearance, and for every layer the number of its own."""
     distinct = list(dict.fromkeys(values))
@@ -121,13 +133,18 @@ def hidden_states(
     bounds = Bounds(*(jnp.stack(x) for x in zip(*(tree_bounds(pair, branch, w) for w in windows))))
     cos, sin, rope_of_layer = rotary_tables(config, positions)
     block_graph, stacked = nnx.split(model.model.layers)
-    scale = config.head_dim**-0.5
 
     def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
         weights, window, rope, index = layer
         block = nnx.merge(block_graph, weights)
         mine = Bounds(*(b[window] for b in bounds))
-        mix = partial(attention, bounds=mine, scale=scale, implementation=implementation)
+        mix = partial(
+            attention,
+            bounds=mine,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+            implementation=implementation,
+        )
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         return constrain(block(x, cos[rope], sin[rope], mix, key)), None
 
@@ -135,7 +152,7 @@ def hidden_states(
     # lies between them (norms, activations, rotations) costs less to make again than to write and read.
     kept = ("attention_out", "attention_lse", *(() if remat else ("linear_out",)))
     body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*kept), prevent_cse=False)
-    x = constrain(lookup(model.model.embed_tokens.weight[...], tokens))
+    x = embed(config, constrain(lookup(model.model.embed_tokens.weight[...], tokens)))
     index = jnp.arange(config.num_layers, dtype=jnp.int32)
     per_layer = (nnx.to_pure_dict(stacked), jnp.asarray(window_of_layer), jnp.asarray(rope_of_layer), index)
     x, _ = jax.lax.scan(body, x, per_layer)
@@ -150,4 +167,4 @@ def logits(config: ModelConfig, params: Mapping[str, Any], input_ids: jax.Array,
     pair = mask.astype(jnp.int32)
     positions = jnp.maximum(jnp.cumsum(pair, axis=1) - 1, 0)
     hidden = hidden_states(config, params, input_ids, positions, pair, jnp.zeros_like(pair))
-    return jnp.einsum("btd,vd->btv", hidden, unembedding(config, params), preferred_element_type=jnp.float32)
+    return shaped_logits(config, hidden, unembedding(config, params))

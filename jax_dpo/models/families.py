@@ -5,9 +5,11 @@ every attribute is read, known to change nothing, or refused by name. No model i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from jax_dpo.errors import UserError
+from jax_dpo.models.attributes import Attributes
 from jax_dpo.models.config import ModelConfig, Rope
 from jax_dpo.models.rope_config import read_rope
 
@@ -18,138 +20,6 @@ ACTIVATIONS = {
     "gelu_new": "gelu_new",
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
 }
-
-# Attributes that say nothing about the forward pass of a causal language model: bookkeeping, initial values, outputs of
-# transformers' classes, classification heads, and generation settings that old versions kept here.
-IGNORABLE = frozenset(
-    {
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_from_model_config",
-        "_name_or_path",
-        "add_cross_attention",
-        "attn_implementation",
-        "auto_map",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "bos_token_id",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "dtype",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "eos_token_id",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "id2label",
-        "initializer_range",
-        "is_decoder",
-        "is_llama_config",
-        "label2id",
-        "length_penalty",
-        "max_length",
-        "max_new_tokens",
-        "min_length",
-        "model_type",
-        "name_or_path",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_labels",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "pad_token_id",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "pruned_heads",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers.js_config",
-        "transformers_version",
-        "typical_p",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_bfloat16",
-        "use_cache",
-    }
-)
-
-
-class Attributes:
-    """The attributes of one config.json; remembers which were read, so that the rest can be refused."""
-
-    def __init__(self, hf: dict[str, Any], where: str) -> None:
-        self.hf = hf
-        self.where = where
-        self.read: set[str] = set()
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.read.add(name)
-        return self.hf.get(name, default)
-
-    def integer(self, name: str, default: int | None) -> int:
-        """A positive whole number; `default` None means that the attribute must be there."""
-        value = self.get(name, default)
-        if value is None:
-            value = default
-        if value is None:
-            raise UserError(
-                "config-attribute-missing", f"{self.where} has no {name}, without which the model cannot be built."
-            )
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.invalid(name, "a whole number above 0")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise self.invalid(name, "a number above 0")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.get(name, default)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.invalid(name, "true or false")
-        return value
-
-    def invalid(self, name: str, expected: str) -> UserError:
-        return UserError(
-            "config-attribute-invalid", f"{self.where}: {name} is {self.hf.get(name)!r}; expected {expected}."
-        )
-
-    def refuse_rest(self) -> None:
-        """Raise UserError for every attribute that was not read, is not ignorable and says something."""
-        rest = set(self.hf) - self.read - IGNORABLE
-        loud = {name: self.hf[name] for name in sorted(rest) if self.hf[name] not in (None, False, [], {}, "")}
-        if loud:
-            listed = ", ".join(f"{name} = {_short(value)}" for name, value in loud.items())
-            raise UserError(
-                "config-attribute-unknown",
-                f"{self.where}: no meaning is known here for {listed} (model_type {self.hf.get('model_type')!r}). "
-                "The model could come out wrong, so it is not loaded. If the attribute changes nothing, remove it.",
-            )
 
 
 def model_config(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -220,6 +90,72 @@ def _qwen3(a: Attributes) -> ModelConfig:
     )
 
 
+def _gemma(a: Attributes) -> ModelConfig:
+    """Its first files say "gelu" and mean the form with tanh, which is what they were trained with."""
+    act = a.get("hidden_act", "gelu_pytorch_tanh")
+    older = a.get("hidden_activation")
+    if older is not None and act not in (older, "gelu"):
+        raise a.invalid("hidden_activation", f"hidden_act = {act!r}, or null")
+    name = "hidden_act" if older is None else "hidden_activation"
+    act = _activation(a, name, "gelu_pytorch_tanh")
+    act = "gelu_pytorch_tanh" if act == "gelu" else act
+    bias = a.flag("attention_bias", False)
+    _all_full(a)
+    return _gemma_style(
+        _decoder(
+            a,
+            kv_heads=16,
+            head_dim=_head_of_gemma(a),
+            window=None,
+            length=8192,
+            act=act,
+            tied=True,
+            attention_bias=bias,
+            out_bias=bias,
+        )
+    )
+
+
+def _gemma2(a: Attributes) -> ModelConfig:
+    """Gemma 2 (arXiv 2408.00118): norms before and after both branches, soft caps, a window in every other layer."""
+    a.read.add("hidden_act")  # transformers reads hidden_activation alone
+    bias = a.flag("attention_bias", False)
+    layers = a.integer("num_hidden_layers", None)
+    window = a.integer("sliding_window", 4096) if a.get("sliding_window", 4096) is not None else None
+    if not _layer_types(a):
+        a = a.with_(
+            layer_types=[("full_attention" if i % 2 or not window else "sliding_attention") for i in range(layers)]
+        )
+    config = _decoder(
+        a,
+        kv_heads=4,
+        head_dim=_head_of_gemma(a),
+        window=window,
+        length=8192,
+        act=_activation(a, "hidden_activation", "gelu_pytorch_tanh"),
+        tied=True,
+        attention_bias=bias,
+        out_bias=bias,
+    )
+    return replace(
+        _gemma_style(config),
+        norms_after=True,
+        attention_scale=a.number("query_pre_attn_scalar", 256) ** -0.5,
+        attention_softcap=a.number_or_none("attn_logit_softcapping", 50.0),
+        logit_softcap=a.number_or_none("final_logit_softcapping", 30.0),
+    )
+
+
+def _head_of_gemma(a: Attributes) -> int | None:
+    """A file without head_dim means 256, whatever the sizes are."""
+    return 256 if "head_dim" not in a.hf else None
+
+
+def _gemma_style(config: ModelConfig) -> ModelConfig:
+    """What all of Gemma share: norms that multiply by 1 + weight, embeddings times the root of their size."""
+    return replace(config, norm_offset=1.0, embedding_scale=config.hidden_size**0.5)
+
+
 def _qwen_window(a: Attributes) -> int | None:
     a.read.add("sliding_window")
     if not a.flag("use_sliding_window", False) or a.hf.get("sliding_window", 4096) is None:
@@ -247,12 +183,15 @@ def _decoder(
     window: int | None,
     length: int,
     head_dim: int | None = None,
+    act: str | None = None,
+    tied: bool = False,
     attention_bias: bool = False,
     out_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
 ) -> ModelConfig:
-    """What all families share. `kv_heads`, `head_dim`, `length` are transformers' defaults for a file without them."""
+    """What all families share. `kv_heads`, `head_dim`, `length` and `tied` are transformers' defaults for a file without them;
+    `act` is the activation where its attribute is not `hidden_act`."""
     layers, hidden = a.integer("num_hidden_layers", None), a.integer("hidden_size", None)
     heads = a.integer("num_attention_heads", None)
     if a.hf.get("num_key_value_heads", kv_heads) is None:
@@ -267,9 +206,6 @@ def _decoder(
     head = a.integer("head_dim", head_dim)
     if head % 2:
         raise a.invalid("head_dim", "an even number, as rotary embedding turns pairs of dimensions")
-    act = a.get("hidden_act", "silu")
-    if not isinstance(act, str) or act not in ACTIVATIONS:
-        raise a.invalid("hidden_act", "one of " + ", ".join(sorted(ACTIVATIONS)))
     if a.get("attention_dropout", 0.0) not in (0, None):
         raise a.invalid("attention_dropout", "0.0: dropout inside attention is not supported")
     longest = a.integer("max_position_embeddings", length)
@@ -283,8 +219,8 @@ def _decoder(
         num_kv_heads=kv,
         head_dim=head,
         rms_norm_eps=a.number("rms_norm_eps", 1e-6),
-        hidden_act=ACTIVATIONS[act],
-        tie_word_embeddings=a.flag("tie_word_embeddings", False),
+        hidden_act=act or _activation(a, "hidden_act", "silu"),
+        tie_word_embeddings=a.flag("tie_word_embeddings", tied),
         attention_bias=attention_bias,
         attention_out_bias=out_bias,
         mlp_bias=mlp_bias,
@@ -292,7 +228,16 @@ def _decoder(
         layer_windows=_windows(a, layers, window),
         layer_ropes=(_rope(a, longest),) * layers,
         max_position_embeddings=longest,
+        attention_scale=head**-0.5,
     )
+
+
+def _activation(a: Attributes, name: str, default: str) -> str:
+    """The activation that the attribute `name` says, by its name in `layers.ACTIVATIONS`."""
+    act = a.get(name, default)
+    if not isinstance(act, str) or act not in ACTIVATIONS:
+        raise a.invalid(name, "one of " + ", ".join(sorted(ACTIVATIONS)))
+    return ACTIVATIONS[act]
 
 
 def _windows(a: Attributes, layers: int, window: int | None) -> tuple[int | None, ...]:
@@ -320,13 +265,10 @@ def _rope(a: Attributes, longest: int) -> Rope:
     return read_rope(a.hf, longest, a.where)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 # name of the family in config.json -> (its reader, the one architecture that is a causal language model)
 FAMILIES: dict[str, tuple[Callable[[Attributes], ModelConfig], str]] = {
+    "gemma": (_gemma, "GemmaForCausalLM"),
+    "gemma2": (_gemma2, "Gemma2ForCausalLM"),
     "llama": (_llama, "LlamaForCausalLM"),
     "mistral": (_mistral, "MistralForCausalLM"),
     "qwen2": (_qwen2, "Qwen2ForCausalLM"),

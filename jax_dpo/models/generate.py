@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jax_dpo.models.config import ModelConfig
-from jax_dpo.models.decoder import describe, rotary_tables, unembedding
+from jax_dpo.models.decoder import describe, embed, rotary_tables, shaped_logits, unembedding
 
 
 class Sampling(NamedTuple):
@@ -32,12 +32,15 @@ class _Cache(NamedTuple):
     v: jax.Array
 
 
-def _mix(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
+def _mix(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Attention of q [B, C, N, H] over cached keys [B, S, G, H] where mask [B, C, S] allows."""
     B, C, N, H = q.shape
     G = k.shape[2]
     scores = jnp.einsum("bcgnh,bsgh->bgncs", q.reshape(B, C, G, N // G, H), k, preferred_element_type=jnp.float32)
-    p = jax.nn.softmax(jnp.where(mask[:, None, None], scores * scale, -1e30), axis=-1).astype(v.dtype)
+    scores, cap = scores * config.attention_scale, config.attention_softcap
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    p = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1).astype(v.dtype)
     return jnp.einsum("bgncs,bsgh->bcgnh", p, v).reshape(B, C, N, H)
 
 
@@ -66,11 +69,11 @@ def _forward(
             v_all = jax.lax.dynamic_update_slice_in_dim(v_old, v, start, axis=1)
             stored.append(_Cache(k_all, v_all))
             near = place[None, :, None] - keys[None, None, :] < window
-            return _mix(q, k_all, v_all, seen & near, config.head_dim**-0.5)
+            return _mix(config, q, k_all, v_all, seen & near)
 
         return block(x, cos[rope], sin[rope], mix), stored[0]
 
-    x = model.model.embed_tokens.weight[...][tokens]
+    x = embed(config, model.model.embed_tokens.weight[...][tokens])
     per_layer = (nnx.to_pure_dict(stacked), jnp.asarray(rope_of_layer), jnp.asarray(far, jnp.int32), cache.k, cache.v)
     x, cache = jax.lax.scan(body, x, per_layer)
     return model.model.norm(x[:, -1]), cache
@@ -109,8 +112,7 @@ def _decode(
     head = unembedding(config, params)
 
     def draw(hidden: jax.Array, i: jax.Array | int) -> jax.Array:
-        logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
-        return _next_token(logits, jax.random.fold_in(key, i), sampling)
+        return _next_token(shaped_logits(config, hidden, head), jax.random.fold_in(key, i), sampling)
 
     def is_stop(token: jax.Array) -> jax.Array:
         return jnp.any(token[:, None] == stop[None, :], axis=-1)

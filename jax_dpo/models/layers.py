@@ -83,16 +83,17 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean x^2 + eps) * weight (arXiv 1910.07467), computed in float32."""
+    """x / sqrt(mean x^2 + eps) * (offset + weight) (arXiv 1910.07467), computed in float32; Gemma's offset is 1, else it is 0."""
 
     def __init__(self, config: ModelConfig, size: int, *, stacked: bool) -> None:
-        self.eps = config.rms_norm_eps
+        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
         self.weight = nnx.Param(jnp.ones((config.num_layers, size) if stacked else (size,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        weight = self.weight[...].astype(jnp.float32)
+        return (wide * (weight + self.offset if self.offset else weight)).astype(x.dtype)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -148,12 +149,21 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder block; its parameters are those of all layers, stacked, until the scan hands it one layer's."""
+    """One decoder block; its parameters are those of all layers, stacked, until the scan hands it one layer's.
+
+    Hugging Face's `post_attention_layernorm` is the norm before the MLP, but where branches have norms on both sides (`norms_after`)
+    it is the one behind attention.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
-        self.input_layernorm = RMSNorm(config, config.hidden_size, stacked=True)
+        norm = lambda: RMSNorm(config, config.hidden_size, stacked=True)  # noqa: E731
+        self.input_layernorm = norm()
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config, config.hidden_size, stacked=True)
+        self.post_attention_layernorm = norm()
+        self.norms_after = config.norms_after
+        if config.norms_after:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
         self.mlp = MLP(config)
 
     def __call__(
@@ -166,8 +176,12 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """x [R, T, D] -> [R, T, D]; `mix(q, k, v)` is the attention op."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin, dropout_key)
-        x = x + self.self_attn.output(mix(q, k, v), dropout_key)
-        return x + self.mlp(self.post_attention_layernorm(x), dropout_key)
+        mixed = self.self_attn.output(mix(q, k, v), dropout_key)
+        if not self.norms_after:
+            x = x + mixed
+            return x + self.mlp(self.post_attention_layernorm(x), dropout_key)
+        x = x + self.post_attention_layernorm(mixed)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), dropout_key))
 
 
 class Embedding(nnx.Module):

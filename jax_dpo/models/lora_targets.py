@@ -11,6 +11,8 @@ from jax_dpo.models.lora import LoraConfig, LoraSpec
 
 # PEFT's own choice where target_modules is None.
 DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
+    "gemma": ("q_proj", "v_proj"),
+    "gemma2": ("q_proj", "v_proj"),
     "llama": ("q_proj", "v_proj"),
     "mistral": ("q_proj", "v_proj"),
     "qwen2": ("q_proj", "v_proj"),
@@ -67,7 +69,7 @@ def _by_name(name: str, linears: list[str], model: ModelConfig) -> set[str]:
             "lora-target-unsupported",
             "target_modules names lm_head, but the model ties it to its embedding: an adapter on it would change both.",
         )
-    if last in ("embed_tokens", "norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"):
+    if last in ("embed_tokens", "norm", "q_norm", "k_norm") or last.endswith("layernorm"):
         raise UserError("lora-target-unsupported", f"target_modules names {name}, which is no linear layer.")
     raise _unknown(name, linears)
 

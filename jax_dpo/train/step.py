@@ -63,6 +63,7 @@ def statistics(
         unembedding(facts.policy, policy),
         None if facts.shared_head else unembedding(facts.reference, reference),
         batch.target,
+        softcap=facts.policy.logit_softcap,
         row_shards=facts.row_shards,
         vocabulary_shards=facts.vocabulary_shards,
         gather=gather,

@@ -62,7 +62,8 @@ def pair_models(model: Any, ref_model: Any, peft_config: Any, *, revision: str |
     adapter is held against that adapter; else the policy's own start is the reference.
 
     Raises:
-      UserError: what `load_model` raises; two vocabularies that differ; model and reference are one object.
+      UserError: what `load_model` raises; two vocabularies that differ; model and reference are one object; logits of one are capped and
+        those of the other are not.
     """
     policy = load_model(model, revision=revision)
     kind = START if policy.config.lora is None else ADAPTER
@@ -77,6 +78,13 @@ def pair_models(model: Any, ref_model: Any, peft_config: Any, *, revision: str |
             "reference-vocabulary",
             f"The reference {other.files.path} has {other.config.vocab_size} tokens, the policy {policy.files.path} has "
             f"{policy.config.vocab_size}. Both must read the same token ids: give a reference with the policy's tokenizer.",
+        )
+    if other.config.logit_softcap != policy.config.logit_softcap:
+        raise UserError(
+            "reference-softcap",
+            f"final_logit_softcapping is {other.config.logit_softcap} in the reference {other.files.path} and "
+            f"{policy.config.logit_softcap} in the policy {policy.files.path}. Logits of both are made in one go and must be capped alike: "
+            "give a reference of the policy's own family.",
         )
     if policy.config.lora is not None and other.config == policy.base().config and _same_files(other, policy):
         return Pairing(policy, BASE)

@@ -68,6 +68,49 @@ def test_attention_bias_of_llama_is_on_all_four_projections() -> None:
     assert biased == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
+def test_what_gemma_is() -> None:
+    gemma, gemma2 = (model_config(config(f)) for f in ("gemma", "gemma2"))
+    for found in (gemma, gemma2):
+        assert found.norm_offset == 1.0 and found.embedding_scale == found.hidden_size**0.5
+        assert found.tie_word_embeddings and found.hidden_act == "gelu_pytorch_tanh"
+    assert (gemma.attention_softcap, gemma.logit_softcap, gemma.norms_after) == (None, None, False)
+    assert gemma.attention_scale == 16**-0.5 and gemma.layer_windows == (None, None)
+    assert (gemma2.attention_softcap, gemma2.logit_softcap, gemma2.norms_after) == (5.0, 8.0, True)
+    assert gemma2.attention_scale == 24**-0.5 and gemma2.layer_windows == (6, None, 6)
+
+
+def test_what_files_of_gemma_leave_out() -> None:
+    """Oracle: the defaults of transformers' Gemma2Config and GemmaConfig; google/gemma-2-2b has no tie_word_embeddings."""
+    left_out = (
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "query_pre_attn_scalar",
+        "sliding_window",
+        "head_dim",
+    )
+    hf = config("gemma2", **dict.fromkeys((*left_out, "layer_types", "tie_word_embeddings"), "removed"))
+    found = model_config(hf | {"cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh"})
+    assert (found.attention_softcap, found.logit_softcap, found.attention_scale) == (50.0, 30.0, 1 / 16)
+    assert (found.layer_windows, found.head_dim, found.tie_word_embeddings) == ((4096, None, 4096), 256, True)
+    off = model_config(config("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None))
+    assert (off.attention_softcap, off.logit_softcap) == (None, None)
+    assert model_config(config("gemma2", sliding_window=None, layer_types=None)).layer_windows == (None,) * 3
+
+
+def test_gelu_of_gemmas_first_files_is_the_one_with_tanh() -> None:
+    for changes in ({"hidden_act": "gelu"}, {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}):
+        assert model_config(config("gemma", **changes)).hidden_act == "gelu_pytorch_tanh"
+    refused("config-attribute-invalid", config("gemma", hidden_activation="silu"))
+
+
+def test_what_cannot_be_gemma() -> None:
+    assert "use_bidirectional_attention" in refused(
+        "config-attribute-unknown", config("gemma2", use_bidirectional_attention=True)
+    )
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"):
+        assert name in refused("config-attribute-invalid", config("gemma2", **{name: 0}))
+
+
 def test_windows_of_qwen() -> None:
     on = {"use_sliding_window": True, "sliding_window": 5}
     assert model_config(config("qwen2", sliding_window=5)).layer_windows == (None, None)
@@ -93,7 +136,7 @@ def test_defaults_of_transformers_for_what_is_left_out() -> None:
 
 def test_unknown_family_lists_those_that_are_known() -> None:
     text = refused("family-unknown", {"model_type": "mamba"})
-    assert "'mamba'" in text and "llama, mistral, qwen2, qwen3" in text
+    assert "'mamba'" in text and "gemma, gemma2, llama, mistral, qwen2, qwen3" in text
     refused("family-unknown", {})
     assert "LlamaForSequenceClassification" in refused(
         "architecture-unknown", config(architectures=["LlamaForSequenceClassification"])
@@ -111,12 +154,13 @@ def test_every_unknown_attribute_is_named() -> None:
 
 def test_no_attribute_is_ignored_by_accident() -> None:
     """Each attribute that is neither ignorable nor refused changes the ModelConfig or is checked."""
-    from jax_dpo.models.families import IGNORABLE
+    from jax_dpo.models.attributes import IGNORABLE
 
     other = {
         "architectures": ["X"],
-        "hidden_act": "gelu",
-        "rope_parameters": {"rope_type": "default"},
+        "hidden_act": "gelu_new",
+        "hidden_activation": "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 123.0},
         "attention_dropout": 0.1,
         "layer_types": ["sliding_attention", "full_attention"],
         "max_window_layers": 0,
@@ -130,7 +174,8 @@ def test_no_attribute_is_ignored_by_accident() -> None:
         for name, value in hf.items():
             if name in IGNORABLE:
                 continue
-            changed = other[name] if name in other else not value if isinstance(value, bool) else 2 * value
+            opposite = value is None or isinstance(value, bool)
+            changed = other[name] if name in other else not value if opposite else 2 * value
             try:
                 assert model_config(hf | {name: changed}) != before, (family, name)
             except UserError as error:

@@ -90,15 +90,18 @@ def test_gradients_are_those_of_whole_logits(name: str, softcap: float | None, t
 
 @pytest.mark.parametrize("name", [n for n in VERSIONS if n != "reference"])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_equal_models_are_equal_to_the_bit(name: str, tied: bool, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [("float32", {}), ("bfloat16", {}), ("float32", {"softcap": 6.0}), ("float32", {"scale": 0.3})],
+)
+def test_equal_models_are_equal_to_the_bit(name: str, tied: bool, dtype: str, options: dict[str, float]) -> None:
     """Differentiated or not: a last bit that differs in a normaliser is lost in sums of log-probabilities, but not in the KL."""
     h, _, w, _, target = inputs(V=98, D=16, R=3, K=33)
     h, w = h.astype(dtype), w.astype(dtype)
     same = jnp.copy(h), None if tied else jnp.copy(w)
 
     def stats(h, w, h_ref, w_ref):
-        found = VERSIONS[name](h, h_ref, w, w_ref, target)
+        found = VERSIONS[name](h, h_ref, w, w_ref, target, **options)
         return jnp.sum(found.logp) + jnp.sum(found.kl), found
 
     plain = jax.jit(stats)(h, w, *same)[1]

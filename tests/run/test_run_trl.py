@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 TRAINING = tiny.GOLDEN / "training"
 CASES = ("sigmoid", "ipo", "robust", "sft_mix", "kl_token", "kl_sequence", "linear", "truncated", "qwen3")
-CASES += ("sync_ref",)
+CASES += ("sync_ref", "gemma2")
 ADAPTERS = {"lora": tiny.GOLDEN / "adapters" / "adapter_initial"}
 ADAPTERS["lora_continued"] = TRAINING / "lora_continued" / "adapter_initial"
 

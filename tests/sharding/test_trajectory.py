@@ -77,6 +77,23 @@ def test_meshes_move_the_reference_alike() -> None:
     assert want.sums[2]["kl_chosen"] < 0.5 * still.sums[2]["kl_chosen"]
 
 
+@lru_cache(maxsize=1)
+def gemma2_on_one_device() -> tiny.Trajectory:
+    return tiny.run(tiny.engine_on(ONE, adam_epsilon=EPSILON, shape=tiny.gemma2()))
+
+
+@pytest.mark.parametrize("in_chunks", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_meshes_take_the_same_steps_where_logits_are_capped(in_chunks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 2, its vocabulary over two devices."""
+    want = gemma2_on_one_device()
+    if in_chunks:
+        monkeypatch.setattr(api, "DENSE_BYTES", 0)
+        monkeypatch.setattr(chunked, "CHUNK", 48)
+    found = tiny.run(tiny.engine_on((2, 2, 2), adam_epsilon=EPSILON, shape=tiny.gemma2()))
+    check_start(found)
+    check_same(found, want)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [ONE, (8, 1, 1), (4, 1, 2)])
 def test_micro_batches_take_the_same_steps(mesh: tuple[int, int, int]) -> None:

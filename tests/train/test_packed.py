@@ -31,6 +31,7 @@ def windowed() -> ModelConfig:
 SHAPES = {
     "llama": tiny.shape_of(num_hidden_layers=2),
     "windows": windowed(),
+    "gemma2": tiny.gemma2(),
     "norms of q and k, tied": replace(tiny.shape_of(num_hidden_layers=2, tie_word_embeddings=True), qk_norm=True),
 }
 
@@ -94,6 +95,7 @@ def token_weights(batch: Batch, pairs: list[int], engine: Engine) -> tuple[np.nd
         pytest.param("llama", {}, marks=pytest.mark.slow),
         ("windows", {"gradient_checkpointing": False}),
         ("norms of q and k, tied", {}),
+        ("gemma2", {}),
         pytest.param("windows", {"share_prompt": False}, marks=pytest.mark.slow),
     ],
 )

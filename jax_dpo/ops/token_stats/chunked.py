@@ -13,6 +13,8 @@ The vocabulary axis is seen as [shards, V/shards] and chunks are cut inside each
 the vocabulary is never gathered: the running sums are kept apart for each shard and merged once at the end. One that is cut along D
 is gathered a chunk at a time, and its gradient is spread again a chunk at a time: neither is ever whole on one device.
 
+Logits are made as `factor * z`, and the factor (scale or cap) comes after differences are taken; see `dense`.
+
 Policy and reference lie in one array, and one operation makes the maximum, the exponentials and their sum of both: made apart, they may
 be fused into different loops, round differently, and leave equal models a KL of 5e-7.
 """
@@ -35,7 +37,10 @@ Place = Callable[[jax.Array], jax.Array]
 
 
 class _Carry(NamedTuple):
-    """Running sums of one vocabulary shard, float32; those of policy and reference together [2, S, R, K], the rest [S, R, K]."""
+    """Running sums of one vocabulary shard, float32; those of policy and reference together [2, S, R, K], the rest [S, R, K].
+
+    z is without its factor f, and e^x stands for exp(f x).
+    """
 
     m: jax.Array  # max z, max z'
     s: jax.Array  # sum e^(z-m), sum e^(z'-m')
@@ -48,13 +53,13 @@ class _Carry(NamedTuple):
 
 
 def _logits(hidden, ref_hidden, w, w_ref, softcap, scale):
-    """Chunk logits [2, S, R, K, C] of policy and reference from hidden [R, K, D] and w [S, C, D]."""
+    """Chunk logits [2, S, R, K, C] of policy and reference from hidden [R, K, D] and w [S, C, D], without their factor."""
     if w_ref is None:
         z = jnp.einsum("prkd,scd->psrkc", jnp.stack([hidden, ref_hidden]), w, preferred_element_type=jnp.float32)
     else:
         one = lambda h, w: jnp.einsum("rkd,scd->srkc", h, w, preferred_element_type=jnp.float32)  # noqa: E731
         z = jnp.stack([one(hidden, w), one(ref_hidden, w_ref)])
-    return z * scale if softcap is None else softcap * jnp.tanh(z * scale / softcap)
+    return z if softcap is None else jnp.tanh(z * (scale / softcap))
 
 
 def _cut(w, i, chunk, gather, spread):
@@ -72,44 +77,44 @@ def _columns(start, i, chunk, shards, V):
     return ids[:, None, None, :], inside >= i * chunk
 
 
-def _accumulate(carry: _Carry, z, ids, fresh, target) -> _Carry:
+def _accumulate(carry: _Carry, z, factor, ids, fresh, target) -> _Carry:
     neg = -jnp.inf
     real = jnp.where(fresh, z, neg)
     m = jnp.maximum(carry.m, jnp.max(real, axis=-1))
-    shrink = jnp.exp(carry.m - m)
-    p = jnp.exp(real - m[..., None])
+    shrink = jnp.exp((carry.m - m) * factor)
+    p = jnp.exp((real - m[..., None]) * factor)
     is_target = (ids == target[None, ..., None]) & fresh
     add = lambda x: jnp.sum(x, axis=-1)  # noqa: E731
     below = jnp.max(jnp.where(ids < target[None, ..., None], real[0], neg), axis=-1)
-    mine, factor = p[0], shrink[0]
+    mine, less = p[0], shrink[0]
     return _Carry(
         m=m,
         s=carry.s * shrink + add(p),
         zy=carry.zy + add(jnp.where(is_target, z, 0.0)),
-        a=carry.a * factor + weighted_sum(mine, z[0] - z[1]),
-        e=carry.e * factor + weighted_sum(mine, z[0]),
-        sq=carry.sq * factor**2 + add(mine**2),
+        a=carry.a * less + weighted_sum(mine, z[0] - z[1]),
+        e=carry.e * less + weighted_sum(mine, z[0]),
+        sq=carry.sq * less**2 + add(mine**2),
         mean=carry.mean + add(jnp.where(fresh, z[0], 0.0)),
         lower=jnp.maximum(carry.lower, below),
     )
 
 
-def _merge(c: _Carry, V: int) -> tuple[TokenStats, jax.Array]:
+def _merge(c: _Carry, factor: float, V: int) -> tuple[TokenStats, jax.Array]:
     """Shards' sums -> statistics [R, K], and lse of policy and reference [2, R, K]."""
     top = jnp.max(c.m, axis=1)
-    shrink = jnp.exp(c.m - top[:, None])
+    shrink = jnp.exp((c.m - top[:, None]) * factor)
     s = jnp.sum(c.s * shrink, axis=1)
-    lse = top + jnp.log(s)
+    lse = top * factor + jnp.log(s)
     zy = jnp.sum(c.zy, axis=1)
-    logp = zy - lse
+    logp = zy * factor - lse
     share = lambda x: jnp.sum(x * shrink[0], axis=0) / s[0]  # noqa: E731
     wins = (zy[0] >= top[0]) & (zy[0] > jnp.max(c.lower, axis=0))
     stats = TokenStats(
         logp=logp[0],
         ref_logp=logp[1],
-        kl=share(c.a) - (lse[0] - lse[1]),
-        entropy=lse[0] - share(c.e),
-        mean_logit=jnp.sum(c.mean, axis=0) / V,
+        kl=share(c.a) * factor - (lse[0] - lse[1]),
+        entropy=lse[0] - share(c.e) * factor,
+        mean_logit=jnp.sum(c.mean, axis=0) * (factor / V),
         log_sum_sq=jnp.log(jnp.sum(c.sq * shrink[0] ** 2, axis=0)) - 2 * jnp.log(s[0]),
         top1=wins.astype(jnp.float32),
     )
@@ -126,16 +131,18 @@ def _forward(hidden, ref_hidden, unembed, ref_unembed, target, softcap, scale, c
     zero = jnp.zeros(shape, jnp.float32)
     zeros = jnp.zeros((2, *shape), jnp.float32)
     # Finite starts: e^(-inf - -inf) would be NaN.
+    factor = scale if softcap is None else softcap
     carry = _Carry(zeros - 1e30, zeros, zeros, zero, zero, zero, zero, zero - jnp.inf)
 
     def body(carry, i):
         start, w = _cut(unembed, i, chunk, gather, spread)
         w_ref = None if ref_unembed is None else _cut(ref_unembed, i, chunk, gather, spread)[1]
         ids, fresh = _columns(start, i, chunk, S, V)
-        return _accumulate(carry, _logits(hidden, ref_hidden, w, w_ref, softcap, scale), ids, fresh, target), None
+        z = _logits(hidden, ref_hidden, w, w_ref, softcap, scale)
+        return _accumulate(carry, z, factor, ids, fresh, target), None
 
     carry, _ = jax.lax.scan(body, carry, jnp.arange(-(-V // chunk), dtype=jnp.int32))
-    return _merge(carry, S * V)
+    return _merge(carry, factor, S * V)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
@@ -153,6 +160,7 @@ def _bwd(softcap, scale, chunk, gather, spread, saved, cotangent: TokenStats):
     S, V, _ = unembed.shape
     g, c = cotangent.logp[None, ..., None], cotangent.kl[None, ..., None]
     offset = (lse[0] - lse[1] + kl)[None, ..., None]
+    factor = scale if softcap is None else softcap
 
     def body(carry, i):
         d_hidden, d_unembed = carry
@@ -160,10 +168,10 @@ def _bwd(softcap, scale, chunk, gather, spread, saved, cotangent: TokenStats):
         w_ref = None if ref_unembed is None else _cut(ref_unembed, i, chunk, gather, spread)[1]
         z, z_ref = _logits(hidden, ref_hidden, w, w_ref, softcap, scale)
         ids, fresh = _columns(start, i, chunk, S, V)
-        p = jnp.exp(z - lse[0][None, ..., None])
-        dz = p * (c * ((z - z_ref) - offset) - g) + jnp.where(ids == target[None, ..., None], g, 0.0)
+        p = jnp.exp(z * factor - lse[0][None, ..., None])
+        dz = p * (c * ((z - z_ref) * factor - offset) - g) + jnp.where(ids == target[None, ..., None], g, 0.0)
         if softcap is not None:
-            dz = dz * (1.0 - jnp.square(z / softcap))
+            dz = dz * (1.0 - jnp.square(z))
         dz = (jnp.where(fresh, dz, 0.0) * scale).astype(hidden.dtype)
         d_hidden = d_hidden + jnp.einsum("srkc,scd->rkd", dz, w, preferred_element_type=jnp.float32)
         part = spread(jnp.einsum("srkc,rkd->scd", dz, hidden, preferred_element_type=jnp.float32))

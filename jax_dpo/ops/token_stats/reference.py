@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from jax_dpo.arrays import TokenStats
 
 
-def logits_of(
+def factored_logits(
     hidden: jax.Array,
     ref_hidden: jax.Array,
     unembed: jax.Array,
     ref_unembed: jax.Array | None,
     softcap: float | None,
     scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Float32 logits [R, K, V] of policy and reference.
+) -> tuple[jax.Array, jax.Array, float]:
+    """Float32 logits [R, K, V] of policy and reference without their last factor, and that factor.
 
     Where both share the unembedding, one matrix product makes both: two products that read the same matrix may round differently,
     and then equal hidden states would not give a KL of exactly 0.
@@ -27,8 +27,9 @@ def logits_of(
     else:
         z = jnp.einsum("rkd,vd->rkv", hidden, unembed, preferred_element_type=jnp.float32)
         z_ref = jnp.einsum("rkd,vd->rkv", ref_hidden, ref_unembed, preferred_element_type=jnp.float32)
-    shape = lambda z: z * scale if softcap is None else softcap * jnp.tanh(z * scale / softcap)  # noqa: E731
-    return shape(z), jax.lax.stop_gradient(shape(z_ref))
+    if softcap is None:
+        return z, jax.lax.stop_gradient(z_ref), scale
+    return jnp.tanh(z * (scale / softcap)), jax.lax.stop_gradient(jnp.tanh(z_ref * (scale / softcap))), softcap
 
 
 def weighted_sum(p: jax.Array, x: jax.Array) -> jax.Array:
@@ -47,7 +48,8 @@ def token_stats(
     scale: float = 1.0,
 ) -> TokenStats:
     """See `api.token_stats`."""
-    z, z_ref = logits_of(hidden, jax.lax.stop_gradient(ref_hidden), unembed, ref_unembed, softcap, scale)
+    z, z_ref, factor = factored_logits(hidden, jax.lax.stop_gradient(ref_hidden), unembed, ref_unembed, softcap, scale)
+    z, z_ref = z * factor, z_ref * factor
     vocabulary = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2)
     is_target = vocabulary == target[..., None]
     # A masked sum instead of a gather: a gather from logits that are sharded over the vocabulary cannot be partitioned.
