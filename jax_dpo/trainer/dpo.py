@@ -180,7 +180,7 @@ class DPOTrainer(Run):
                 raise UserError(
                     "moved-reference-missing",
                     f"The run in {out} moved its reference (sync_ref_model), which only its checkpoints hold, and checkpoint-{step} is not "
-                    "there. Evaluate {out / 'final'} with jax-dpo evaluate against a reference of your choice (ref_model_name_or_path).",
+                    f"there. Evaluate {out / 'final'} with jax-dpo evaluate against a reference of your choice (ref_model_name_or_path).",
                 )
             return state._replace(reference=checkpoints.restore(step, self.engine.abstract_state)[0].reference)
 
