@@ -50,14 +50,15 @@ def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
 class TokenStats(NamedTuple):
     """What is known of a scored token under policy and reference: arrays [R, K], float32, natural logarithms.
 
-    `logp` and `kl` carry gradients to the policy; nothing else carries any.
+    `logp` and `kl` carry gradients to the policy; nothing else carries any. `ref_logp` and `kl` are None where the reference is not at
+    hand.
     """
 
     logp: jax.Array
     """log pi(y): log-probability of the target under the policy, nats."""
-    ref_logp: jax.Array
+    ref_logp: jax.Array | None
     """log ref(y)."""
-    kl: jax.Array
+    kl: jax.Array | None
     """sum_v pi(v) (log pi(v) - log ref(v)) over the whole vocabulary, nats; not clamped."""
     entropy: jax.Array
     """-sum_v pi(v) log pi(v), nats."""

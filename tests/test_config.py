@@ -70,6 +70,8 @@ TRL_DEFAULTS: dict[str, Any] = {
     "data_seed": None,
     "train_sampling_strategy": "random",
     "resume_from_checkpoint": None,
+    "precompute_ref_log_probs": False,
+    "precompute_ref_batch_size": None,
     "sync_ref_model": False,
     "ref_model_mixup_alpha": 0.6,
     "ref_model_sync_steps": 512,

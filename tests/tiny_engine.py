@@ -172,7 +172,7 @@ def run(engine: Engine, steps: int = 4) -> Trajectory:
     assert engine.plan is not None
     found = Trajectory([], [], [], {}, {}, [])
     held_out = engine.held_out(None, engine.eval_sets[None])
-    held = frozen.against(state)
+    held = engine.against(state, frozen)
     found.evaluation = evaluate(engine.evaluator, held_out, state.params, held, knobs_of(engine), engine.options)
     for k in range(steps):
         batch = engine.batch_at(engine.plan.after(k))

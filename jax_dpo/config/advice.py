@@ -76,8 +76,6 @@ ADVICE: dict[str, str] = {
     "dataset_num_proc": "leave it out; tokenization is batched and its result is kept in dataset_cache_dir",
     "dataset_kwargs": _FORMAT,
     # TRL 1.16's DPO options that are still to come.
-    "precompute_ref_log_probs": f"{_LATER}; the reference runs in the same step, leave it out",
-    "precompute_ref_batch_size": f"{_LATER}; the reference runs in the same step, leave it out",
     "router_aux_loss_coef": f"{_LATER}; the model families of this version have no router",
     "activation_offloading": f"{_LATER}; gradient_checkpointing: true and micro_batch_tokens save memory",
     "torch_empty_cache_steps": _TORCH,

@@ -254,7 +254,9 @@ class DPOConfig:
         check=at_least(0),
     )
     dataset_cache_dir: str | None = option(
-        None, "Where tokenized data are kept for the next run; unset, in the user's cache directory.", group="Data"
+        None,
+        "Where tokenized data and precomputed log-probabilities are kept for the next run; unset, in the user's cache directory.",
+        group="Data",
     )
 
     loss_type: list[str] = option(["sigmoid"], "The loss, or several that are added.", group="Loss", choices=LOSS_TYPES)
@@ -280,6 +282,19 @@ class DPOConfig:
     discopop_tau: float = option(0.05, "Temperature of the discopop loss.", group="Loss", check=above(0))
     disable_dropout: bool = option(True, "No dropout, LoRA's included.", group="Loss")
 
+    precompute_ref_log_probs: bool = option(
+        False,
+        "Compute the reference's log-probabilities of the training pairs before training and do without the reference in the step. They "
+        "are kept for later runs with the same reference and pairs, in dataset_cache_dir or the user's cache directory. Evaluations load "
+        "the reference, so that their KL stays exact; training logs kl_estimate in place of kl_divergence.",
+        group="Reference",
+    )
+    precompute_ref_batch_size: int | None = option(
+        None,
+        "Pairs of a batch on one device while precompute_ref_log_probs computes; unset, per_device_train_batch_size.",
+        group="Reference",
+        check=at_least(1),
+    )
     sync_ref_model: bool = option(
         False,
         "Move the reference toward the policy every ref_model_sync_steps (TR-DPO): reference <- ref_model_mixup_alpha * policy + "

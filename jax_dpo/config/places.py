@@ -21,6 +21,11 @@ def compile_cache(directory: str | None = None) -> Path:
     return Path(chosen).expanduser() if chosen else cache_root() / "compiled"
 
 
+def reference_cache(directory: str | None = None) -> Path:
+    """Directory of precomputed log-probabilities: inside the directory of the tokens that is told, else inside the cache root."""
+    return (Path(directory).expanduser() if directory else cache_root()) / "reference"
+
+
 def token_cache(directory: str | None = None) -> Path:
     """Directory of tokenized data: the option's, else where data/cache.py puts them."""
     from jax_dpo.data.cache import default_cache_dir

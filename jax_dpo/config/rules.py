@@ -145,6 +145,26 @@ def _best_at_end(
     return None
 
 
+def _precomputed(on: bool, moves: bool, kl_coef: float, controller: str) -> str | None:
+    if not on:
+        return None
+    if moves:
+        return "found true beside sync_ref_model, whose reference moves while training; set one of them to false"
+    penalty = (
+        f"kl_coef {show(kl_coef)}"
+        if kl_coef > 0
+        else "kl_controller dual_kl_coef"
+        if controller == "dual_kl_coef"
+        else ""
+    )
+    if penalty:
+        return (
+            f"found true beside {penalty}: the penalty needs the reference's whole distribution in every step. Set kl_coef to 0 (the KL of "
+            "evaluations is exact all the same, and kl_actions, pi_beta and adaptive_beta act on it), or precompute_ref_log_probs to false"
+        )
+    return None
+
+
 def _no_repeats(values: list[str]) -> str | None:
     twice = sorted({value for value in values if values.count(value) > 1})
     return f"found {', '.join(twice)} more than once" if twice else None
@@ -208,6 +228,7 @@ _RULES = (
         ("load_best_model_at_end", "eval_strategy", "save_strategy", "eval_steps", "save_steps", "logging_steps"),
         _best_at_end,
     ),
+    Rule(("precompute_ref_log_probs", "sync_ref_model", "kl_coef", "kl_controller"), _precomputed),
     Rule(("kl_actions",), _no_repeats),
     Rule(("adaptive_beta", "kl_controller"), _controller),
     Rule(("kl_controller", "kl_actions"), _beta_turned_twice),
@@ -279,6 +300,8 @@ def _without_effect(values: Mapping[str, Any]) -> list[str]:
             f"label_smoothing {values['label_smoothing']:g} has no effect with loss_type {', '.join(losses)}, as in TRL 1.16; "
             "robust reads it"
         )
+    if values["precompute_ref_batch_size"] is not None and not values["precompute_ref_log_probs"]:
+        found.append("precompute_ref_batch_size can do nothing: precompute_ref_log_probs is false")
     moving = [name for name, usual in _OF_SYNC if values[name] != usual]
     if moving and not values["sync_ref_model"]:
         found.append(f"{' and '.join(moving)} can do nothing: sync_ref_model is false, so the reference stays as it is")

@@ -42,6 +42,8 @@ class Batch(NamedTuple):
     """[R, K] float32 LD-DPO's weight of each scored token, where it is on."""
     sft_weight: Any = None
     """[R, K] float32 the token's share of the `sft` term, where the loss has one."""
+    ref_logps: Any = None
+    """[R, S, 2] float32 the reference's log-probabilities of both answers, where they were computed before training."""
 
 
 class Tree(NamedTuple):
@@ -134,6 +136,12 @@ class _Row:
         b.weight[r, self.slots] = weight
         b.index[r, self.slots] = index
         self.slots += 1
+
+
+def with_ref_logps(batch: Batch, logps: np.ndarray) -> Batch:
+    """The batch with the reference's log-probabilities [N, 2] of its pairs; 0 in empty slots."""
+    real = batch.index >= 0
+    return batch._replace(ref_logps=np.where(real[..., None], logps[np.where(real, batch.index, 0)], np.float32(0)))
 
 
 class Placed(NamedTuple):

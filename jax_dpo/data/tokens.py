@@ -3,6 +3,7 @@ with rows left out and lengths cut as a run asks)."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,6 +178,15 @@ class TokenizedPairs:
         ids, k = self.table.ids, int(self.kept[i])
         a, b, c, d = (int(x) for x in self.table.bounds[3 * k : 3 * k + 4])
         return ids[b - int(self._prompt[i]) : b], ids[b:c], ids[c:d]
+
+    def content_hash(self) -> str:
+        """A hash of the token ids of all pairs after truncation, in order."""
+        t = self.table
+        which_end = self._keep_start if self.cut.any() else None
+        found = hashlib.blake2b(f"{len(self)} {which_end}".encode(), digest_size=20)
+        for part in (t.ids, t.bounds, self.kept, self._prompt, self.branch_lengths()):
+            found.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+        return found.hexdigest()
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The pairs as TRL's data set has them after preparation: prompt_ids, chosen_ids, rejected_ids as lists."""

@@ -140,7 +140,13 @@ FAMILIES: dict[str, Family] = {
 
 
 def kl_terms(sums: PairSums, reduction: str) -> tuple[jax.Array, jax.Array]:
-    """K of chosen and rejected [R, S]: sums of token KLs ("sequence"), or those over the tokens of both responses ("token")."""
+    """K of chosen and rejected [R, S]: sums of token KLs ("sequence"), or those over the tokens of both responses ("token").
+
+    0 where no KL is known: whoever has a penalty sees to it that it is.
+    """
+    if sums.kl is None:
+        nothing = jnp.zeros_like(sums.logp[..., CHOSEN])
+        return nothing, nothing
     chosen, rejected = sums.kl[..., CHOSEN], sums.kl[..., REJECTED]
     if reduction == "sequence":
         return chosen, rejected

@@ -13,7 +13,10 @@ CHOSEN, REJECTED = 0, 1
 
 
 class PairSums(NamedTuple):
-    """Sums over the scored tokens of each response, [R, S, B] float32, on the device or as numpy; 0 in empty slots."""
+    """Sums over the scored tokens of each response, [R, S, B] float32, on the device or as numpy; 0 in empty slots.
+
+    `kl` is None where the reference is only sums of log-probabilities, made beforehand.
+    """
 
     logp: Any
     """sum log pi, nats (with LD-DPO's weights where they are set)."""
@@ -35,7 +38,12 @@ class PairSums(NamedTuple):
 
 
 def pair_sums(
-    stats: TokenStats, slot: jax.Array, slots: int, branches: int, token_weight: jax.Array | None
+    stats: TokenStats,
+    slot: jax.Array,
+    slots: int,
+    branches: int,
+    token_weight: jax.Array | None,
+    ref_logps: jax.Array | None = None,
 ) -> PairSums:
     """Segment sums by `slot`.
 
@@ -43,6 +51,7 @@ def pair_sums(
       stats: per-token results [R, K].
       slot: [R, K] int32, `branches * pair + branch` of the token; `branches * slots` is padding.
       token_weight: [R, K] weight of each token's log-probabilities (LD-DPO), None for 1 everywhere.
+      ref_logps: [R, S, B] the reference's sums (under the same weights), where `stats` do not have its log-probabilities.
     """
     # One-hot products rather than scatters: they stay on their rows' device and are summed in one fixed order.
     one_hot = (slot[..., None] == jnp.arange(slots * branches, dtype=jnp.int32)).astype(jnp.float32)
@@ -55,8 +64,8 @@ def pair_sums(
     real = (slot < slots * branches).astype(jnp.float32)
     return PairSums(
         logp=add(weighted(stats.logp)),
-        ref_logp=add(weighted(stats.ref_logp)),
-        kl=add(stats.kl),
+        ref_logp=ref_logps if stats.ref_logp is None else add(weighted(stats.ref_logp)),
+        kl=None if stats.kl is None else add(stats.kl),
         tokens=add(real),
         entropy=add(stats.entropy),
         mean_logit=add(stats.mean_logit),

@@ -70,14 +70,18 @@ def abstract_frozen(facts: Facts, mesh: Mesh) -> Frozen:
         return jax.tree.map(_laid, cast, shardings(cast, mesh))
 
     base = tree(facts.policy, False) if facts.policy.lora is not None else {}
+    if facts.precomputed:
+        return Frozen(base, {})
     return Frozen(base, tree(facts.reference, True if facts.reference_on_base else None))
 
 
-def abstract_batch(mesh: Mesh, shape: RowShape, micro_batches: int) -> Batch:
-    """Shapes and shardings [A, R, ...] of a step's batch."""
+def abstract_batch(mesh: Mesh, shape: RowShape, micro_batches: int, *, ref_logps: bool = False) -> Batch:
+    """Shapes and shardings [A, R, ...] of a step's batch; `ref_logps`: with the reference's sums in it."""
     rows = shape.rows * row_shards(mesh)
     place = NamedSharding(mesh, PartitionSpec(None, ROWS))
     one = empty_batch(1, shape)
+    if ref_logps:
+        one = one._replace(ref_logps=np.zeros(one.length.shape, np.float32))
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((micro_batches, rows, *x.shape[1:]), x.dtype, sharding=place), one
     )
@@ -108,7 +112,7 @@ def lower_step(
     return step.lower(
         state,
         abstract_frozen(facts, mesh),
-        abstract_batch(mesh, shape, micro_batches),
+        abstract_batch(mesh, shape, micro_batches, ref_logps=facts.precomputed),
         scalar(np.int32),
         Knobs(*(scalar(np.float32) for _ in Knobs._fields)),
         _laid(key, everywhere),

@@ -395,7 +395,8 @@ class LiveLine:
         parts.append(("loss", f"loss {fmt.number(m.get('loss'), 3)}"))
         parts.append(("margin", f"margin {fmt.signed(m.get('rewards/margins'), 3)}"))
         parts.append(("accuracy", f"acc {fmt.NONE if accuracy is None else f'{100 * accuracy:.0f}%'}"))
-        parts.append(("kl", f"KL {fmt.number(m.get('kl_divergence'), 3)}"))
+        if "kl_divergence" in m or "kl_estimate" not in m:  # an estimate from given answers is no KL
+            parts.append(("kl", f"KL {fmt.number(m.get('kl_divergence'), 3)}"))
         speed = fmt.finite(m.get("pairs_per_second"))
         if speed is not None:
             parts.append(("speed", f"{fmt.number(speed, 1)} pairs/s"))

@@ -13,6 +13,7 @@ import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from jax_dpo.errors import USER_INPUT, UserError
 
@@ -231,6 +232,18 @@ def from_primary(number: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def array_from_primary(x: Any) -> Any:
+    """The primary's numpy array, on every process; all of them call it with the same shape and dtype."""
+    import jax
+
+    if jax.process_count() == 1:
+        return x
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(x))
 
 
 def wait_for_all(what: str) -> None:

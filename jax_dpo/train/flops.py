@@ -40,8 +40,8 @@ class Work(NamedTuple):
     scored: float
 
 
-def work_of(config: ModelConfig, *, adapter: bool, reference: ModelConfig | None = None) -> Work:
-    """Per token of a row, per pair of tokens that attend, and per scored token; `reference` None: the policy's own shape."""
+def work_of(config: ModelConfig, *, adapter: bool, reference: ModelConfig | None) -> Work:
+    """Per token of a row, per pair of tokens that attend, and per scored token; `reference` None: it is not run in the step."""
     passes = 4 if adapter else 6
 
     def parts(c: ModelConfig) -> tuple[int, int, int]:
@@ -49,7 +49,7 @@ def work_of(config: ModelConfig, *, adapter: bool, reference: ModelConfig | None
         layers = sum(math.prod(s) for p, s in shapes.items() if p.startswith("model.layers.") and len(s) == 3)
         return layers, 2 * c.num_layers * c.num_heads * c.head_dim, c.vocab_size * c.hidden_size
 
-    (n, a, h), (n_ref, a_ref, h_ref) = parts(config), parts(reference or config)
+    (n, a, h), (n_ref, a_ref, h_ref) = parts(config), (0, 0, 0) if reference is None else parts(reference)
     # Attention has no weights whose gradient LoRA would save.
     return Work(passes * n + 2 * n_ref, 6 * a + 2 * a_ref, passes * h + 2 * h_ref)
 

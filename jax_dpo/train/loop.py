@@ -57,6 +57,7 @@ class Parts:
     step: Step
     evaluator: Evaluator
     frozen: Frozen
+    against: Callable[[TrainState], Frozen]
     sync: Callable[[TrainState], TrainState] | None
     fresh_state: Callable[[], TrainState]
     batch_at: Callable[[Position], StepBatch]
@@ -116,7 +117,7 @@ class Progress:
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Progress:
         window = Window()
-        window.steps, window.total = meta["window"][0], dict(meta["window"][1])
+        window.steps, window.total = meta["window"][0], window.total | meta["window"][1]
         scores = {step: float(meta["scores"].get(str(step), -math.inf)) for step in meta["evaluated"]}
         return cls(
             control=ControlState.from_dict(meta["control"]),
@@ -311,7 +312,7 @@ class Loop:
         """All held-out sets as they stand now; one record each."""
         parts = self.parts
         found: dict[str, float] = {}
-        beta, frozen = self.progress.control.beta, parts.frozen.against(self.state)
+        beta, frozen = self.progress.control.beta, parts.against(self.state)
         for held_out in parts.eval_sets:
             parts.display.busy("evaluating" + (f" {held_out.name}" if held_out.name else ""))
             knobs = self._judging_knobs()

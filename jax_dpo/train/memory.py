@@ -34,6 +34,10 @@ class MemorySettings:
     use_peft: bool | None = None
     bf16: bool | None = None
     micro_batch_tokens: int | None = None
+    may_precompute: bool = False
+    """the reference runs in the step, and nothing there needs its whole distribution"""
+    reference_batch: int | None = None
+    """pairs of a batch, where the reference alone is run"""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -74,6 +78,12 @@ def memory_advice(settings: MemorySettings, *, doing: str) -> Iterator[None]:
 
 
 def _advice(now: MemorySettings) -> list[str]:
+    if now.reference_batch is not None:
+        half = max(1, now.reference_batch // 2)
+        texts = [f"a smaller batch: precompute_ref_batch_size {now.reference_batch} -> {half}"] * (
+            now.reference_batch > 1
+        )
+        return [*texts, "more devices: the reference is spread over all of them"]
     texts = []
     if now.micro_batch_tokens:
         texts.append(
@@ -97,6 +107,8 @@ def _advice(now: MemorySettings) -> list[str]:
         texts.append("gradient_checkpointing true: activations are computed again instead of kept")
     if not now.use_peft:
         texts.append("LoRA (use_peft true): no optimizer state and no second copy of the model for the reference")
+    if now.may_precompute:
+        texts.append("precompute_ref_log_probs true: neither the reference nor its forward pass is in the step")
     if now.bf16 is False:
         texts.append("bf16 true, on a TPU or GPU: half the memory of activations")
     texts.append("more devices: parameters, gradients and optimizer state are spread over all of them")

@@ -29,6 +29,10 @@ class Sums(NamedTuple):
     logit_chosen: jax.Array
     logit_rejected: jax.Array
     top1_chosen: jax.Array
+    logratio: jax.Array
+    """sum of log pi - log ref over all scored tokens"""
+    kl_tokens: jax.Array
+    """scored tokens whose KL was computed: all, or none where the reference is sums made beforehand"""
 
 
 def step_sums(loss: jax.Array, sums: PairSums, weight: jax.Array, beta: jax.Array) -> Sums:
@@ -37,6 +41,7 @@ def step_sums(loss: jax.Array, sums: PairSums, weight: jax.Array, beta: jax.Arra
     reward = beta * still.logratio
     share = lambda x: jnp.sum(weight * x)  # noqa: E731
     side = lambda x, b: jnp.sum(x[..., b])  # noqa: E731
+    kl = jnp.zeros_like(still.tokens) if still.kl is None else still.kl
     return Sums(
         loss=jax.lax.stop_gradient(loss),
         reward_chosen=share(reward[..., CHOSEN]),
@@ -44,21 +49,26 @@ def step_sums(loss: jax.Array, sums: PairSums, weight: jax.Array, beta: jax.Arra
         accuracy=share((reward[..., CHOSEN] > reward[..., REJECTED]).astype(jnp.float32)),
         logp_chosen=share(still.logp[..., CHOSEN]),
         logp_rejected=share(still.logp[..., REJECTED]),
-        kl_chosen=side(still.kl, CHOSEN),
-        kl_rejected=side(still.kl, REJECTED),
+        kl_chosen=side(kl, CHOSEN),
+        kl_rejected=side(kl, REJECTED),
         tokens_chosen=side(still.tokens, CHOSEN),
         tokens_rejected=side(still.tokens, REJECTED),
         entropy=jnp.sum(still.entropy),
         logit_chosen=side(still.mean_logit, CHOSEN),
         logit_rejected=side(still.mean_logit, REJECTED),
         top1_chosen=side(still.top1, CHOSEN),
+        logratio=jnp.sum(still.logratio),
+        kl_tokens=0.0 * jnp.sum(still.tokens) if still.kl is None else jnp.sum(still.tokens),
     )
 
 
 def named(sums: Mapping[str, float]) -> dict[str, float]:
     """TRL's names: pair metrics are means over pairs, token metrics means over tokens; rewards in nats times beta, the rest in nats.
 
-    `kl_divergence` is all token KLs over all scored tokens, clamped at 0: rounding can leave -1e-7 where nothing differs.
+    `kl_divergence` is all token KLs over all scored tokens, clamped at 0: rounding can leave -1e-7 where nothing differs. Where no KL was
+    computed, `kl_estimate` stands in: the mean of log pi(y_t) - log ref(y_t) over the answers of the data. That estimates the KL for
+    answers drawn from the policy (estimator k1 of joschu.net/blog/kl-approx.html); these are not, so it may be negative and bounds
+    nothing.
     """
     s = sums
     chosen, rejected = max(s["tokens_chosen"], 1.0), max(s["tokens_rejected"], 1.0)
@@ -75,8 +85,14 @@ def named(sums: Mapping[str, float]) -> dict[str, float]:
         "logits/rejected": s["logit_rejected"] / rejected,
         "entropy": s["entropy"] / tokens,
         "mean_token_accuracy": s["top1_chosen"] / chosen,
-        # Written so that NaN stays NaN.
-        "kl_divergence": _not_negative((s["kl_chosen"] + s["kl_rejected"]) / tokens),
+        **(_exact_kl(s, chosen, rejected) if s["kl_tokens"] > 0 else {"kl_estimate": s["logratio"] / tokens}),
+    }
+
+
+def _exact_kl(s: Mapping[str, float], chosen: float, rejected: float) -> dict[str, float]:
+    # Written so that NaN stays NaN.
+    return {
+        "kl_divergence": _not_negative((s["kl_chosen"] + s["kl_rejected"]) / s["kl_tokens"]),
         "kl_divergence/chosen": _not_negative(s["kl_chosen"] / chosen),
         "kl_divergence/rejected": _not_negative(s["kl_rejected"] / rejected),
     }
@@ -131,5 +147,7 @@ def evaluation(loss: np.ndarray, sums: PairSums, beta: float) -> dict[str, float
             "logit_chosen": col(wide.mean_logit, CHOSEN),
             "logit_rejected": col(wide.mean_logit, REJECTED),
             "top1_chosen": col(wide.top1, CHOSEN),
+            "logratio": float(np.asarray(wide.logratio).sum()),
+            "kl_tokens": float(np.asarray(wide.tokens).sum()),
         }
     )

@@ -53,6 +53,7 @@ class Facts:
 
     `reference_on_base`: the reference is `Frozen.base` with the leaves of `Frozen.reference` laid over it; else those alone.
     `shared_head`: policy and reference unembed with one and the same array.
+    `precomputed`: the reference is not there while a step runs; the batch has its sums (`Batch.ref_logps`).
     """
 
     policy: ModelConfig
@@ -65,3 +66,4 @@ class Facts:
     row_shards: int = 1
     vocabulary_shards: int = 1
     dropout: bool = False
+    precomputed: bool = False

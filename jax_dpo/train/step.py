@@ -47,21 +47,43 @@ def _scored(facts: Facts, config: ModelConfig, params: Tree, batch: Batch, mesh:
 def statistics(
     facts: Facts, params: Tree, frozen: Frozen, batch: Batch, mesh: Mesh, key: jax.Array | None
 ) -> TokenStats:
-    """Policy and reference on one micro-batch: per-token statistics [R, K]. Gradients flow into `params` alone."""
+    """Policy and reference on one micro-batch: per-token statistics [R, K]. Gradients flow into `params` alone.
+
+    Where the reference's sums were made beforehand, it is not run, and what only it could tell is None.
+    """
     dtype = jnp.dtype(facts.compute_dtype)
-    still = partial(jax.tree.map, jax.lax.stop_gradient)
-    base = still(cast_for_compute(frozen.base, dtype))
+    base = jax.tree.map(jax.lax.stop_gradient, cast_for_compute(frozen.base, dtype))
     policy = overlay(base, cast_for_compute(params, dtype))
-    own = still(cast_for_compute(frozen.reference, dtype))
-    reference = overlay(base, own) if facts.reference_on_base else own
     hidden = _scored(facts, facts.policy, policy, batch, mesh, remat=facts.remat, dropout_key=key)
-    ref_hidden = jax.lax.stop_gradient(_scored(facts, facts.reference, reference, batch, mesh))
+    ref_hidden = ref_unembed = None
+    if not facts.precomputed:
+        reference = _reference(facts, frozen, base)
+        ref_hidden = jax.lax.stop_gradient(_scored(facts, facts.reference, reference, batch, mesh))
+        ref_unembed = None if facts.shared_head else unembedding(facts.reference, reference)
+    return _token_stats(facts, mesh, batch, hidden, unembedding(facts.policy, policy), ref_hidden, ref_unembed)
+
+
+def _reference(facts: Facts, frozen: Frozen, base: Tree) -> Tree:
+    """The reference's parameters in the compute dtype; `base` is there already."""
+    own = jax.tree.map(jax.lax.stop_gradient, cast_for_compute(frozen.reference, jnp.dtype(facts.compute_dtype)))
+    return overlay(base, own) if facts.reference_on_base else own
+
+
+def _token_stats(
+    facts: Facts,
+    mesh: Mesh,
+    batch: Batch,
+    hidden: jax.Array,
+    unembed: jax.Array,
+    ref_hidden: jax.Array | None = None,
+    ref_unembed: jax.Array | None = None,
+) -> TokenStats:
     gather, spread = parts_of(mesh, vocabulary_shards=facts.vocabulary_shards)
     return token_stats(
         hidden,
         ref_hidden,
-        unembedding(facts.policy, policy),
-        None if facts.shared_head else unembedding(facts.reference, reference),
+        unembed,
+        ref_unembed,
         batch.target,
         softcap=facts.policy.logit_softcap,
         row_shards=facts.row_shards,
@@ -72,7 +94,7 @@ def statistics(
 
 
 def _pairs(stats: TokenStats, batch: Batch) -> PairSums:
-    return pair_sums(stats, batch.slot, batch.weight.shape[1], BRANCHES, batch.token_weight)
+    return pair_sums(stats, batch.slot, batch.weight.shape[1], BRANCHES, batch.token_weight, batch.ref_logps)
 
 
 def micro_batch_loss(
@@ -192,3 +214,18 @@ def make_evaluation(
         return pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options), sums
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
+
+
+def make_reference_pass(facts: Facts, mesh: Mesh) -> Callable[[Frozen, Batch], tuple[jax.Array, jax.Array]]:
+    """The jitted forward pass of the reference alone on one batch [R, ...]: which pairs [R, S] and their sums [R, S, 2], on every process.
+
+    The sums are `PairSums.ref_logp` of the step: log ref(y) over the scored tokens, nats, with LD-DPO's weights where they are set.
+    """
+
+    def run(frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        reference = _reference(facts, frozen, cast_for_compute(frozen.base, jnp.dtype(facts.compute_dtype)))
+        hidden = _scored(facts, facts.reference, reference, batch, mesh)
+        stats = _token_stats(facts, mesh, batch, hidden, unembedding(facts.reference, reference))
+        return batch.index, _pairs(stats, batch).logp
+
+    return jax.jit(run, out_shardings=replicated(mesh))

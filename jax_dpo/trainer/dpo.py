@@ -26,6 +26,7 @@ from jax_dpo.trainer.datasets import Tokenizer, prepare_evaluation, prepare_set
 from jax_dpo.trainer.engine import Engine
 from jax_dpo.trainer.models import check_sync, pair_models
 from jax_dpo.trainer.parts import assemble, evaluation_metrics, fresh_progress, make_plan, ranking_of, start_record
+from jax_dpo.trainer.precompute import precompute
 from jax_dpo.trainer.run import Run
 from jax_dpo.trainer.setup import prepare_jax
 from jax_dpo.trainer.start import resume_step
@@ -137,14 +138,44 @@ class DPOTrainer(Run):
         return self.tokenizer.loaded
 
     @property
-    def train_dataset(self) -> list[dict[str, list[int]]]:
-        """The pairs that are trained on, as TRL has them: prompt_ids, chosen_ids, rejected_ids."""
-        return list(self.train_set.pairs.rows()) if self.train_set is not None else []
+    def train_dataset(self) -> list[dict[str, Any]]:
+        """The pairs that are trained on, as TRL has them: prompt_ids, chosen_ids, rejected_ids.
+
+        With `precompute_ref_log_probs` ref_chosen_logps and ref_rejected_logps as well, which are computed now if they are not there
+        yet: of several processes all must ask.
+        """
+        if self.train_set is None:
+            return []
+        self._precompute()
+        rows: list[dict[str, Any]] = list(self.train_set.pairs.rows())
+        if self.engine.ref_logps is not None:
+            for row, (chosen, rejected) in zip(rows, self.engine.ref_logps.tolist()):
+                row |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        return rows
+
+    def _precompute(self, stop: StopRequest | None = None) -> None:
+        """The reference's log-probabilities of the training pairs, where they are wanted and not there."""
+        if not self.args.precompute_ref_log_probs or self.train_set is None or self.engine.ref_logps is not None:
+            return
+        batch = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        with self._memory("computing the reference's log-probabilities", batch):
+            try:
+                made = precompute(
+                    self.engine,
+                    self.train_set,
+                    display=self.display,
+                    asked=stop.asked if stop is not None else lambda: False,
+                )
+            except Stopped:
+                self.display.write({"kind": "end", "step": 0, "reason": "signal", "seconds": None})
+                raise
+        self.engine.ref_logps, self.ref_logps_found = made.logps, made.found
+        self.notes += made.notes
 
     def _tokenizing(self, done: int, total: int) -> None:
         self.display.busy(f"tokenizing {done:,} of {total:,}")
 
-    def _memory(self, doing: str) -> Any:
+    def _memory(self, doing: str, reference_batch: int | None = None) -> Any:
         a = self.args
         settings = MemorySettings(
             per_device_train_batch_size=a.per_device_train_batch_size,
@@ -154,6 +185,8 @@ class DPOTrainer(Run):
             use_peft=self.pairing.policy.config.lora is not None,
             bf16=a.bf16,
             micro_batch_tokens=a.micro_batch_tokens,
+            may_precompute=not (a.precompute_ref_log_probs or a.sync_ref_model or a.kl_coef),
+            reference_batch=reference_batch,
         )
         return memory_advice(settings, doing=doing)
 
@@ -218,6 +251,7 @@ class DPOTrainer(Run):
         if start.finished:
             return self._finished(out)
         with tempfile.TemporaryDirectory() as elsewhere, StopRequest() as stop:
+            self._precompute(stop)
             # Every process keeps the account, since control and checkpoints read it; one keeps it where the user looks.
             log = RunLog((out if primary else Path(elsewhere)) / "run.jsonl")
             self._log = log

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jax_dpo.config import DPOConfig
-from jax_dpo.data.batch import Batch
+from jax_dpo.data.batch import Batch, with_ref_logps
 from jax_dpo.data.loader import Feed, StepBatch, evaluation_batches, step_batch
 from jax_dpo.data.order import Position, pairs_at
 from jax_dpo.data.pack import RowShape, Sizes, choose_shape, micro_batches, pack
@@ -30,7 +30,7 @@ from jax_dpo.train.plan import Plan
 from jax_dpo.train.state import TrainState
 from jax_dpo.train.step import make_evaluation, make_step, make_sync
 from jax_dpo.trainer.datasets import PairSet
-from jax_dpo.trainer.models import Pairing, facts_of, frozen_of, moving_reference, place, trained_leaves
+from jax_dpo.trainer.models import Pairing, facts_of, frozen_of, moving_reference, place, reference_tree, trained_leaves
 
 SAMPLED_STEPS = 32  # steps whose packing decides the batch shape
 COUNTED_PAIRS = 400_000  # up to so many pairs every step is packed ahead, to know the most micro-batches of any
@@ -73,6 +73,8 @@ class Engine:
     train_set: PairSet | None
     eval_sets: dict[str | None, PairSet]
     plan: Plan | None
+    ref_logps: np.ndarray | None = None
+    """[pairs, 2] the reference's log-probabilities of the training pairs, where they are made before training"""
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -93,6 +95,7 @@ class Engine:
             remat=self.config.gradient_checkpointing,
             attention=attention,
             dropout=not self.config.disable_dropout,
+            precomputed=self.config.precompute_ref_log_probs,
         )
 
     @cached_property
@@ -137,7 +140,14 @@ class Engine:
 
     def frozen(self, state: TrainState) -> Any:
         """Reference and base; `state` is the fresh one."""
-        return frozen_of(self.pairing, state.params, self.mesh, self.dtype, moving=self.config.sync_ref_model)
+        elsewhere = self.config.sync_ref_model or self.config.precompute_ref_log_probs
+        return frozen_of(self.pairing, state.params, self.mesh, self.dtype, reference=not elsewhere)
+
+    def against(self, state: TrainState, frozen: Any) -> Any:
+        """`frozen` with the reference that an evaluation needs: the one that moved with the state, or one that is loaded for it."""
+        if self.config.precompute_ref_log_probs:
+            return frozen._replace(reference=reference_tree(self.pairing, self.mesh, self.dtype))
+        return frozen.against(state)
 
     @cached_property
     def feed(self) -> Feed:
@@ -145,16 +155,22 @@ class Engine:
         sets = [s for s in (self.train_set, *self.eval_sets.values()) if s is not None]
         return self._feed(sets, self.train_set, self.plan)
 
-    def _feed(self, sets: list[PairSet], train: PairSet | None, plan: Plan | None) -> Feed:
+    def feed_of(self, data: PairSet, batch: int | None = None) -> Feed:
+        """Batches for a forward pass over one set, of the tokens of `batch` padded pairs a device; None: as in training."""
+        return self._feed([data], None, None, batch)
+
+    def _feed(self, sets: list[PairSet], train: PairSet | None, plan: Plan | None, batch: int | None = None) -> Feed:
         c, shards = self.config, row_shards(self.mesh)
         whole = Sizes(*(np.concatenate([getattr(s.sizes, f) for s in sets]) for f in Sizes._fields))
         longest = max(s.longest for s in sets)
         budget = c.micro_batch_tokens or c.per_device_train_batch_size * 2 * longest
+        if batch is not None:
+            budget = batch * 2 * longest
         if train is not None and plan is not None:
             at = np.unique(np.linspace(0, plan.total - 1, min(SAMPLED_STEPS, plan.total)).astype(int))
             steps = [np.concatenate(self.groups(plan.after(int(k)))) for k in at]
         else:
-            size = c.per_device_eval_batch_size * shards
+            size = (batch or c.per_device_eval_batch_size) * shards
             steps = np.array_split(np.arange(len(whole.tokens)), -(-len(whole.tokens) // size))[:SAMPLED_STEPS]
         shape = choose_shape(
             whole,
@@ -184,7 +200,8 @@ class Engine:
     @cached_property
     def work(self) -> Any:
         facts = self.facts
-        return work_of(facts.policy, adapter=facts.policy.lora is not None, reference=facts.reference)
+        reference = None if facts.precomputed else facts.reference
+        return work_of(facts.policy, adapter=facts.policy.lora is not None, reference=reference)
 
     def groups(self, position: Position) -> list[np.ndarray]:
         """TRL's micro-batches of the step at a position."""
@@ -202,7 +219,8 @@ class Engine:
     def batch_at(self, position: Position) -> StepBatch:
         s = self.train_set
         assert s is not None
-        return step_batch(s, s.sizes, s.trl_tokens, s.chosen_scored, self.groups(position), self.feed)
+        made = step_batch(s, s.sizes, s.trl_tokens, s.chosen_scored, self.groups(position), self.feed)
+        return made if self.ref_logps is None else made._replace(batch=with_ref_logps(made.batch, self.ref_logps))
 
     def to_devices(self, batch: StepBatch) -> Batch:
         return batch_to_devices(batch.batch, self.mesh, self.feed.rows, leading=1)
@@ -221,7 +239,7 @@ class Engine:
         feed = self.feed
         shape = feed.shape
         if data.sizes.tokens.max() > shape.row_tokens or data.sizes.scored.max() > shape.row_scored:
-            feed = self._feed([data], None, None)
+            feed = self.feed_of(data)
 
         def batches() -> Iterator[Batch]:
             for batch in evaluation_batches(data, data.sizes, replace(feed, sft=False)):
@@ -248,4 +266,4 @@ class Engine:
 
     @cached_property
     def evaluator(self) -> Any:
-        return make_evaluation(self.facts, self.options, self.mesh)
+        return make_evaluation(replace(self.facts, precomputed=False), self.options, self.mesh)

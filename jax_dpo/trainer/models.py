@@ -36,6 +36,13 @@ class Pairing:
     other: Policy | None = None
 
     @property
+    def reference(self) -> Policy:
+        """The reference as a model: its leaves are all that its numbers depend on."""
+        if self.kind == BASE:
+            return self.policy.base()
+        return self.other if self.other is not None else self.policy
+
+    @property
     def same_start(self) -> bool:
         """Whether the reference is the policy's own start: then loss, margin and KL begin at their values for equal models."""
         if self.kind == BASE:
@@ -95,7 +102,16 @@ def _same_files(a: Policy, b: Policy) -> bool:
     return Path(a.files.path).resolve() == Path(b.files.path).resolve() and a.files.path.exists()
 
 
-def facts_of(pairing: Pairing, mesh: Mesh, *, compute_dtype: str, remat: bool, attention: str, dropout: bool) -> Facts:
+def facts_of(
+    pairing: Pairing,
+    mesh: Mesh,
+    *,
+    compute_dtype: str,
+    remat: bool,
+    attention: str,
+    dropout: bool,
+    precomputed: bool = False,
+) -> Facts:
     """The static facts of policy and reference on a mesh.
 
     Raises:
@@ -129,6 +145,7 @@ def facts_of(pairing: Pairing, mesh: Mesh, *, compute_dtype: str, remat: bool, a
         row_shards=row_shards(mesh),
         vocabulary_shards=tensor if policy.vocab_size % tensor == 0 else 1,
         dropout=dropout and policy.lora is not None and policy.lora.dropout > 0,
+        precomputed=precomputed,
     )
 
 
@@ -179,23 +196,41 @@ def moving_reference(pairing: Pairing, params: Tree, mesh: Mesh) -> Tree:
     return jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings(params, mesh))(params)
 
 
-def frozen_of(pairing: Pairing, params: Tree, mesh: Mesh, compute_dtype: str, *, moving: bool = False) -> Frozen:
+def base_tree(pairing: Pairing, mesh: Mesh, compute_dtype: str) -> Tree:
+    """What a policy with an adapter stands on; empty in full training."""
+    policy = pairing.policy
+    if policy.config.lora is None:
+        return {}
+    return place({p: x for p, x in policy.leaves.items() if not is_adapter(p)}, mesh, compute_dtype)
+
+
+def reference_tree(pairing: Pairing, mesh: Mesh, compute_dtype: str) -> Tree:
+    """What the reference has of its own (`Frozen.reference`), read from where it came from."""
+    if pairing.kind == BASE:
+        return {}
+    whose = pairing.reference
+    return place(trained_leaves(whose) if pairing.kind == ADAPTER else whose.leaves, mesh, compute_dtype)
+
+
+def reference_frozen(pairing: Pairing, mesh: Mesh, compute_dtype: str) -> Frozen:
+    """All that a forward pass of the reference alone needs."""
+    on_base = pairing.kind in (BASE, ADAPTER)
+    base = base_tree(pairing, mesh, compute_dtype) if on_base else {}
+    return Frozen(base, reference_tree(pairing, mesh, compute_dtype))
+
+
+def frozen_of(pairing: Pairing, params: Tree, mesh: Mesh, compute_dtype: str, *, reference: bool = True) -> Frozen:
     """What the step holds beside the trained parameters, in the compute dtype: that is how it is used, and half the memory.
 
-    `params` are the trained parameters at the start; a reference that is their copy is made on the devices. One that moves is part of
-    the train state.
+    Args:
+      params: the trained parameters at the start; a reference that is their copy is made on the devices.
+      reference: False leaves it out: it moves and is part of the train state, or its log-probabilities are there already.
     """
-    policy = pairing.policy
-    base: Tree = {}
-    if moving:
+    base = base_tree(pairing, mesh, compute_dtype)
+    if not reference or pairing.kind == BASE:
         return Frozen(base, {})
-    if policy.config.lora is not None:
-        base = place({p: x for p, x in policy.leaves.items() if not is_adapter(p)}, mesh, compute_dtype)
     if pairing.kind == OTHER:
-        assert pairing.other is not None
-        return Frozen(base, place(pairing.other.leaves, mesh, compute_dtype))
-    if pairing.kind == BASE:
-        return Frozen(base, {})
+        return Frozen(base, reference_tree(pairing, mesh, compute_dtype))
     copy = jax.jit(
         # A true copy: the parameters themselves are donated to the first step.
         lambda p: jax.tree.map(jnp.copy, cast_for_compute(p, jnp.dtype(compute_dtype))),

@@ -118,7 +118,7 @@ def ranking_of(config: DPOConfig, sets: Mapping[str | None, PairSet]) -> Ranking
 
     from jax_dpo.train.metrics import Sums, named
 
-    names = list(named(dict.fromkeys(Sums._fields, 0.0)))
+    names = list(named(dict.fromkeys(Sums._fields, 1.0)))
     metric = config.metric_for_best_model
     named_sets = [n for n in sets if n is not None]
     which = named_sets[0] if named_sets else None
@@ -205,6 +205,7 @@ def assemble(
         step=engine.step,
         evaluator=engine.evaluator,
         frozen=frozen,
+        against=lambda state: engine.against(state, frozen),
         sync=engine.sync,
         fresh_state=engine.fresh_state,
         batch_at=engine.batch_at,
@@ -237,7 +238,7 @@ def evaluation_metrics(
     engine, config = run.engine, run.args
     knobs = Knobs(jnp.float32(0), jnp.float32(config.beta), jnp.float32(config.kl_coef))
     found: dict[str, float] = {}
-    held = frozen.against(state)
+    held = engine.against(state, frozen)
     for name, data in sets.items():
         held_out = engine.held_out(name, data)
         found |= evaluate(engine.evaluator, held_out, state.params, held, knobs, engine.options)
@@ -247,6 +248,12 @@ def evaluation_metrics(
 def reference_sentence(run: Run) -> str:
     """What the policy is held against, in words."""
     plan, whole = run.plan, run.pairing.sentence
+    if run.args.precompute_ref_log_probs and run.train_set is not None:
+        found = f", {run.ref_logps_found:,} of them by an earlier run" if run.ref_logps_found else ""
+        return (
+            f"{whole.replace(' (a second copy)', '')}; its log-probabilities of the {len(run.train_set):,} training pairs were computed "
+            f"beforehand{found}, so it is not there while training; evaluations load it, and their KL is exact"
+        )
     if plan is None or not plan.sync_steps:
         return whole
     return (

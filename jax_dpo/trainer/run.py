@@ -26,6 +26,8 @@ class Run:
     display: Display
     notes: list[str]
     """sentences that the user should read at the start"""
+    ref_logps_found: int = 0
+    """training pairs whose precomputed log-probabilities an earlier run had made"""
     began: float
     """when the run began, unix seconds"""
 

@@ -21,7 +21,7 @@ def conclude(run: Run, loop: Loop, *, primary: bool) -> int:
     parts, progress, config = loop.parts, loop.progress, run.args
     out = Path(config.output_dir)
     if config.generate_samples > 0:
-        record = answer_samples(run, loop.state, parts.frozen.against(loop.state), progress.step)
+        record = answer_samples(run, loop.state, parts.against(loop.state), progress.step)
         parts.display.write(parts.writers.write(record))
     best = progress.best_saved(parts.ranking)
     files = run.tokenizer.files

@@ -145,3 +145,22 @@ def test_large_inputs_take_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "DENSE_BYTES", 100)
     text = str(jax.make_jaxpr(lambda *a: api.token_stats(*a))(h, h_ref, w, w_ref, target))
     assert "scan" in text
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (4.0, 0.5)])
+def test_the_policy_alone_has_the_numbers_it_has_beside_a_reference(
+    name: str, softcap: float | None, scale: float
+) -> None:
+    """Without a reference there is no KL and no ref_logp; everything else, and the gradient of logp, stay as they are."""
+    h, h_ref, w, w_ref, target = inputs(V=96)
+    stats = partial(VERSIONS[name], softcap=softcap, scale=scale)
+    want, alone = stats(h, h_ref, w, w_ref, target), stats(h, None, w, None, target)
+    assert alone.kl is None and alone.ref_logp is None
+    for field in ("logp", "entropy", "mean_logit", "log_sum_sq", "top1"):
+        np.testing.assert_allclose(getattr(alone, field), getattr(want, field), rtol=1e-6, atol=1e-6, err_msg=field)
+    pull = jnp.asarray(np.random.default_rng(3).standard_normal(target.shape), jnp.float32)
+    both = jax.grad(lambda h, w: jnp.sum(pull * stats(h, h_ref, w, w_ref, target).logp), argnums=(0, 1))(h, w)
+    one = jax.grad(lambda h, w: jnp.sum(pull * stats(h, None, w, None, target).logp), argnums=(0, 1))(h, w)
+    for a, b in zip(one, both):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)

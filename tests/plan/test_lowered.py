@@ -29,7 +29,14 @@ def described(tree: Any) -> Any:
 
 def engine_of(kind: str) -> Engine:
     """A run of each way in which a policy can stand to its reference."""
-    engine = tiny.engine_on((2, 2, 2), lora=kind != "start", bf16=True, micro_batch_tokens=100)
+    full, options = ("start", "moves", "beforehand"), {}
+    if kind == "moves":
+        options = {"sync_ref_model": True}
+    if kind == "beforehand":
+        options = {"precompute_ref_log_probs": True, "kl_coef": 0.0}
+    engine = tiny.engine_on((2, 2, 2), lora=kind not in full, bf16=True, micro_batch_tokens=100, **options)
+    if kind == "beforehand":
+        engine.ref_logps = np.zeros((len(engine.train_set), 2), np.float32)
     policy = engine.pairing.policy
     if kind == "adapter":
         engine.pairing = replace(engine.pairing, kind=ADAPTER)
@@ -39,17 +46,19 @@ def engine_of(kind: str) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("kind", ["start", "base", "adapter", "another"])
+@pytest.mark.parametrize("kind", ["start", "base", "adapter", "another", "moves", "beforehand"])
 def test_shapes_and_shardings_are_those_of_a_run(kind: str) -> None:
     engine = engine_of(kind)
     state = engine.fresh_state()
     assert described(engine.abstract_state) == described(state)
-    if (
-        kind != "adapter"
+    if kind not in (
+        "adapter",
+        "moves",
     ):  # whose frozen leaves are a copy of the trained ones: in the compute dtype, as every reference
         assert described(lowered.abstract_frozen(engine.facts, engine.mesh)) == described(engine.frozen(state))
     batch = engine.to_devices(engine.batch_at(engine.plan.after(0)))
-    assert described(lowered.abstract_batch(engine.mesh, engine.feed.shape, engine.feed.most)) == described(batch)
+    abstract = lowered.abstract_batch(engine.mesh, engine.feed.shape, engine.feed.most, ref_logps=kind == "beforehand")
+    assert described(abstract) == described(batch)
 
 
 def test_memory_is_what_lies_there() -> None:
@@ -65,6 +74,19 @@ def test_memory_is_what_lies_there() -> None:
     assert need.total >= need.arguments + need.temporary > need.arguments
     weights = sum(np.prod(x.shape) for x in jax.tree.leaves(engine.abstract_params)) * 4
     assert need.temporary > weights / 8  # a gradient at least
+
+
+def test_a_reference_that_was_precomputed_takes_no_memory() -> None:
+    """Its weights are no argument of the step, and its activations and logits are not made."""
+    need = []
+    for before in (False, True):
+        engine = tiny.engine_on((1, 1, 1), kl_coef=0.0, precompute_ref_log_probs=before)
+        lower = (engine.facts, engine.options, engine.tx, engine.mesh, engine.feed.shape)
+        need.append(lowered.memory_of(lowered.lower_step(*lower, micro_batches=1, max_grad_norm=1.0).compile()))
+    weights = sum(np.prod(x.shape) for x in jax.tree.leaves(engine.abstract_params)) * 4
+    with_it, without = need
+    assert abs(with_it.arguments - without.arguments - weights) < 4096  # but for the sums, eight bytes a pair
+    assert without.temporary < with_it.temporary
 
 
 def test_a_topology_that_is_not_there_is_no_yes() -> None:

@@ -87,6 +87,18 @@ def test_the_finished_run_evaluates_against_the_moved_reference(
         assert again.evaluate()[name] == last[name] == whole.evaluate()[name]
 
 
+def test_a_moved_reference_that_nobody_kept_is_missed(usual: dict[str, Any], tmp_path: Path) -> None:
+    from jax_dpo.errors import UserError
+
+    options = {**usual, **MOVING, "max_steps": 2, "save_strategy": "no", "resume_from_checkpoint": "auto"}
+    trainer_of(options, tmp_path / "out").train()
+    again = trainer_of(options, tmp_path / "out")
+    again.train()
+    with pytest.raises(UserError, match="checkpoint-2 is not there") as refused:
+        again.evaluate(tiny.text_rows(4))
+    assert refused.value.name == "moved-reference-missing" and str(tmp_path / "out" / "final") in str(refused.value)
+
+
 def test_reports_say_what_the_kl_is_against(whole: Any) -> None:
     out = Path(whole.args.output_dir)
     start = tiny.records(out, "start")[0]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_engine as tiny
 
 from jax_dpo.ops.token_stats import api, chunked
+from jax_dpo.report.terminal import Quiet
+from jax_dpo.trainer.precompute import precompute
 
 ONE = (1, 1, 1)
 # Small gradients are noise, and Adam makes steps of full size of them unless eps is well above it.
@@ -38,7 +42,9 @@ def check_same(found: tiny.Trajectory, want: tiny.Trajectory) -> None:
     np.testing.assert_allclose(found.norms, want.norms, rtol=5e-6)
     for step, (a, b) in enumerate(zip(found.sums, want.sums)):
         for name in b:
-            np.testing.assert_allclose(a[name], b[name], rtol=2e-5, atol=5e-5, err_msg=f"{name} of step {step + 1}")
+            # A sum of 32 differences of sums of about 100 nats, each rounded to 1e-5.
+            atol = 5e-4 if name == "logratio" else 5e-5
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-5, atol=atol, err_msg=f"{name} of step {step + 1}")
     assert found.sums[-1]["kl_chosen"] > 1e-3  # it has moved
     for path, weight in want.weights.items():
         difference = np.abs(found.weights[path] - weight)
@@ -92,6 +98,33 @@ def test_meshes_take_the_same_steps_where_logits_are_capped(in_chunks: bool, mon
     found = tiny.run(tiny.engine_on((2, 2, 2), adam_epsilon=EPSILON, shape=tiny.gemma2()))
     check_start(found)
     check_same(found, want)
+
+
+def precomputed(mesh: tuple[int, int, int], cache: Path, **options: Any) -> tuple[Any, np.ndarray]:
+    engine = tiny.engine_on(mesh, precompute_ref_log_probs=True, precompute_ref_batch_size=3, kl_coef=0.0, **options)
+    assert engine.train_set is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DPO_CACHE", str(cache / str(mesh)))
+        return engine, precompute(engine, engine.train_set, display=Quiet(), asked=lambda: False).logps
+
+
+def test_meshes_precompute_alike(tmp_path: Path) -> None:
+    (_, found), (_, want) = (precomputed(mesh, tmp_path, ld_alpha=0.5) for mesh in ((2, 2, 2), ONE))
+    assert found.shape == (64, 2) and found.max() < -5
+    np.testing.assert_allclose(found, want, rtol=3e-6)
+
+
+@pytest.mark.slow
+def test_meshes_take_the_same_steps_with_precomputed_sums(tmp_path: Path) -> None:
+    """Oracle: one device with the reference in its step."""
+    want = tiny.run(tiny.engine_on(ONE, kl_coef=0.0, adam_epsilon=EPSILON))
+    engine, engine.ref_logps = precomputed((2, 2, 2), tmp_path, adam_epsilon=EPSILON)
+    found = tiny.run(engine)
+    np.testing.assert_allclose(found.losses, want.losses, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(found.norms, want.norms, rtol=5e-6)
+    assert found.evaluation["eval_kl_divergence"] == 0 and found.sums[-1]["kl_tokens"] == 0
+    for path, weight in want.weights.items():
+        assert np.abs(found.weights[path] - weight).max() < 2e-5, path
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def step_of(parts: list[PairSums], losses: list[np.ndarray]) -> Sums:
     pairs = sum(len(x) for x in losses)
     total = Sums(*(jnp.float32(0) for _ in Sums._fields))
     for sums, loss in zip(parts, losses):
-        grown = PairSums(*(jnp.pad(jnp.asarray(x), ((0, 0), (0, 1), (0, 0))) for x in sums))
+        grown = PairSums(*(x if x is None else jnp.pad(jnp.asarray(x), ((0, 0), (0, 1), (0, 0))) for x in sums))
         weight = jnp.asarray(np.append(np.full(len(loss), 1 / pairs), 0.0), jnp.float32)[None]
         part = step_sums(jnp.float32(loss.sum() / pairs), grown, weight, jnp.float32(BETA))
         total = jax.tree.map(jnp.add, total, part)
@@ -91,6 +91,16 @@ def test_an_evaluation_counts_every_pair_once() -> None:
     assert_close(evaluation(loss, one, BETA), by_hand(one, loss))
 
 
+def test_without_a_kl_the_estimate_has_a_name_of_its_own() -> None:
+    """The reference as sums made beforehand: log pi - log ref over all tokens, by hand."""
+    sums, loss = random_sums(4, 8), np.arange(4.0)
+    found = named({k: float(v) for k, v in step_of([sums._replace(kl=None)], [loss])._asdict().items()})
+    want = by_hand(joined([sums]), loss)
+    want = {name: value for name, value in want.items() if not name.startswith("kl_")}
+    wide = PairSums(*(np.asarray(x, np.float64) for x in sums))
+    assert_close(found, want | {"kl_estimate": (wide.logp - wide.ref_logp).sum() / wide.tokens.sum()})
+
+
 def test_ties_are_not_right() -> None:
     zero = np.zeros((3, 2), np.float32)
     equal = PairSums(zero, zero, zero, zero + 5, zero, zero, zero, zero)
@@ -100,6 +110,7 @@ def test_ties_are_not_right() -> None:
 @pytest.mark.parametrize(("kl", "shown"), [(-1e-7, 0.0), (0.5, 0.05), (math.nan, math.nan)])
 def test_kl_is_shown_without_the_rounding_below_zero(kl: float, shown: float) -> None:
     sums = dict.fromkeys(Sums._fields, 0.0) | {"tokens_chosen": 5.0, "tokens_rejected": 5.0, "kl_chosen": kl}
+    sums["kl_tokens"] = 10.0
     np.testing.assert_equal(named(sums)["kl_divergence"], shown)
 
 

@@ -45,7 +45,7 @@ _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 def token_stats(
     hidden: jax.Array,
-    ref_hidden: jax.Array,
+    ref_hidden: jax.Array | None,
     unembed: jax.Array,
     ref_unembed: jax.Array | None,
     target: jax.Array,
@@ -61,7 +61,7 @@ def token_stats(
 
     Args:
       hidden: [R, K, D] final hidden states of the policy where the targets are predicted.
-      ref_hidden: [R, K, D] of the reference; no gradient flows into it.
+      ref_hidden: [R, K, D] of the reference; no gradient flows into it. None where it is not at hand: there is no ref_logp and no KL.
       unembed: [V, D] the policy's unembedding (the embedding, where the head is tied).
       ref_unembed: [V, D] the reference's, or None where it is the same array as the policy's.
       target: [R, K] int32 token ids.

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_dpo.arrays import TokenStats
-from jax_dpo.ops.token_stats.reference import weighted_sum
+from jax_dpo.ops.token_stats.reference import STILL, weighted_sum
 
 CHUNK = 8192
 
@@ -39,7 +39,7 @@ Place = Callable[[jax.Array], jax.Array]
 class _Carry(NamedTuple):
     """Running sums of one vocabulary shard, float32; those of policy and reference together [2, S, R, K], the rest [S, R, K].
 
-    z is without its factor f, and e^x stands for exp(f x).
+    Of the policy alone, they are [1, S, R, K]. z is without its factor f, and e^x stands for exp(f x).
     """
 
     m: jax.Array  # max z, max z'
@@ -53,8 +53,11 @@ class _Carry(NamedTuple):
 
 
 def _logits(hidden, ref_hidden, w, w_ref, softcap, scale):
-    """Chunk logits [2, S, R, K, C] of policy and reference from hidden [R, K, D] and w [S, C, D], without their factor."""
-    if w_ref is None:
+    """Chunk logits [2, S, R, K, C] of policy and reference ([1, ...] of the policy alone) from hidden [R, K, D] and w [S, C, D], without
+    their factor."""
+    if ref_hidden is None:
+        z = jnp.einsum("rkd,scd->srkc", hidden, w, preferred_element_type=jnp.float32)[None]
+    elif w_ref is None:
         z = jnp.einsum("prkd,scd->psrkc", jnp.stack([hidden, ref_hidden]), w, preferred_element_type=jnp.float32)
     else:
         one = lambda h, w: jnp.einsum("rkd,scd->srkc", h, w, preferred_element_type=jnp.float32)  # noqa: E731
@@ -91,7 +94,7 @@ def _accumulate(carry: _Carry, z, factor, ids, fresh, target) -> _Carry:
         m=m,
         s=carry.s * shrink + add(p),
         zy=carry.zy + add(jnp.where(is_target, z, 0.0)),
-        a=carry.a * less + weighted_sum(mine, z[0] - z[1]),
+        a=carry.a * less + weighted_sum(mine, z[0] - z[1]) if len(z) == 2 else carry.a,
         e=carry.e * less + weighted_sum(mine, z[0]),
         sq=carry.sq * less**2 + add(mine**2),
         mean=carry.mean + add(jnp.where(fresh, z[0], 0.0)),
@@ -100,7 +103,7 @@ def _accumulate(carry: _Carry, z, factor, ids, fresh, target) -> _Carry:
 
 
 def _merge(c: _Carry, factor: float, V: int) -> tuple[TokenStats, jax.Array]:
-    """Shards' sums -> statistics [R, K], and lse of policy and reference [2, R, K]."""
+    """Shards' sums -> statistics [R, K], and lse of policy and reference [2, R, K] (or [1, R, K])."""
     top = jnp.max(c.m, axis=1)
     shrink = jnp.exp((c.m - top[:, None]) * factor)
     s = jnp.sum(c.s * shrink, axis=1)
@@ -109,10 +112,11 @@ def _merge(c: _Carry, factor: float, V: int) -> tuple[TokenStats, jax.Array]:
     logp = zy * factor - lse
     share = lambda x: jnp.sum(x * shrink[0], axis=0) / s[0]  # noqa: E731
     wins = (zy[0] >= top[0]) & (zy[0] > jnp.max(c.lower, axis=0))
+    both = len(lse) == 2
     stats = TokenStats(
         logp=logp[0],
-        ref_logp=logp[1],
-        kl=share(c.a) * factor - (lse[0] - lse[1]),
+        ref_logp=logp[1] if both else None,
+        kl=share(c.a) * factor - (lse[0] - lse[1]) if both else None,
         entropy=lse[0] - share(c.e) * factor,
         mean_logit=jnp.sum(c.mean, axis=0) * (factor / V),
         log_sum_sq=jnp.log(jnp.sum(c.sq * shrink[0] ** 2, axis=0)) - 2 * jnp.log(s[0]),
@@ -129,7 +133,7 @@ def _forward(hidden, ref_hidden, unembed, ref_unembed, target, softcap, scale, c
     S, V, _ = unembed.shape
     shape = (S, *target.shape)
     zero = jnp.zeros(shape, jnp.float32)
-    zeros = jnp.zeros((2, *shape), jnp.float32)
+    zeros = jnp.zeros((1 if ref_hidden is None else 2, *shape), jnp.float32)
     # Finite starts: e^(-inf - -inf) would be NaN.
     factor = scale if softcap is None else softcap
     carry = _Carry(zeros - 1e30, zeros, zeros, zero, zero, zero, zero, zero - jnp.inf)
@@ -155,21 +159,24 @@ def _fwd(hidden, ref_hidden, unembed, ref_unembed, target, softcap, scale, chunk
     return stats, (hidden, ref_hidden, unembed, ref_unembed, target, lse, stats.kl)
 
 
-def _bwd(softcap, scale, chunk, gather, spread, saved, cotangent: TokenStats):
+def _bwd(softcap, scale, chunk, gather, spread, saved, cotangent):
     hidden, ref_hidden, unembed, ref_unembed, target, lse, kl = saved
     S, V, _ = unembed.shape
-    g, c = cotangent.logp[None, ..., None], cotangent.kl[None, ..., None]
-    offset = (lse[0] - lse[1] + kl)[None, ..., None]
+    g = cotangent.logp[None, ..., None]
     factor = scale if softcap is None else softcap
 
     def body(carry, i):
         d_hidden, d_unembed = carry
         start, w = _cut(unembed, i, chunk, gather, spread)
         w_ref = None if ref_unembed is None else _cut(ref_unembed, i, chunk, gather, spread)[1]
-        z, z_ref = _logits(hidden, ref_hidden, w, w_ref, softcap, scale)
+        z, *z_ref = _logits(hidden, ref_hidden, w, w_ref, softcap, scale)
         ids, fresh = _columns(start, i, chunk, S, V)
         p = jnp.exp(z * factor - lse[0][None, ..., None])
-        dz = p * (c * ((z - z_ref) * factor - offset) - g) + jnp.where(ids == target[None, ..., None], g, 0.0)
+        pull = -g
+        if z_ref:
+            offset = (lse[0] - lse[1] + kl)[None, ..., None]
+            pull = cotangent.kl[None, ..., None] * ((z - z_ref[0]) * factor - offset) - g
+        dz = p * pull + jnp.where(ids == target[None, ..., None], g, 0.0)
         if softcap is not None:
             dz = dz * (1.0 - jnp.square(z))
         dz = (jnp.where(fresh, dz, 0.0) * scale).astype(hidden.dtype)
@@ -189,7 +196,7 @@ _token_stats.defvjp(_fwd, _bwd)
 
 def token_stats(
     hidden: jax.Array,
-    ref_hidden: jax.Array,
+    ref_hidden: jax.Array | None,
     unembed: jax.Array,
     ref_unembed: jax.Array | None,
     target: jax.Array,
@@ -206,4 +213,4 @@ def token_stats(
     still = jax.lax.stop_gradient
     ref = still(shards(ref_unembed))
     stats = _token_stats(hidden, still(ref_hidden), shards(unembed), ref, target, softcap, scale, chunk, gather, spread)
-    return TokenStats(stats.logp, still(stats.ref_logp), stats.kl, *(still(x) for x in stats[3:]))
+    return stats._replace(**{name: still(getattr(stats, name)) for name in STILL})

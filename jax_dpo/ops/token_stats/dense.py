@@ -7,12 +7,13 @@ reference go through the same operations with the same residuals, so that equal 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_dpo.arrays import TokenStats
-from jax_dpo.ops.token_stats.reference import factored_logits, weighted_sum
+from jax_dpo.ops.token_stats.reference import STILL, factored_logits, weighted_sum
 
 
 def _forward(hidden, ref_hidden, unembed, ref_unembed, target, softcap, scale):
@@ -22,18 +23,20 @@ def _forward(hidden, ref_hidden, unembed, ref_unembed, target, softcap, scale):
     ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2)
     is_target = ids == target[..., None]
 
-    def normaliser(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def normaliser(z: Any) -> tuple[Any, Any, Any]:
         top = jnp.max(z, axis=-1)
         total = jnp.sum(jnp.exp((z - top[..., None]) * factor), axis=-1)
         return top * factor + jnp.log(total), jnp.sum(jnp.where(is_target, z, 0.0), axis=-1), top
 
-    (lse, zy, top), (lse_ref, zy_ref, _) = normaliser(z), normaliser(z_ref)
+    lse, zy, top = normaliser(z)
+    nothing: tuple[Any, Any, Any] = (None, None, None)
+    lse_ref, zy_ref, _ = nothing if z_ref is None else normaliser(z_ref)
     tied_before = jnp.sum(jnp.where((z >= top[..., None]) & (ids < target[..., None]), 1.0, 0.0), axis=-1)
     pi = jnp.exp(z * factor - lse[..., None])
     stats = TokenStats(
         logp=zy * factor - lse,
-        ref_logp=zy_ref * factor - lse_ref,
-        kl=weighted_sum(pi, (z - z_ref) * factor - (lse - lse_ref)[..., None]),
+        ref_logp=None if z_ref is None else zy_ref * factor - lse_ref,
+        kl=None if z_ref is None else weighted_sum(pi, (z - z_ref) * factor - (lse - lse_ref)[..., None]),
         entropy=lse - weighted_sum(pi, z * factor),
         mean_logit=jnp.mean(z, axis=-1) * factor,
         log_sum_sq=jnp.log(jnp.sum(jnp.square(pi), axis=-1)),
@@ -52,13 +55,16 @@ def _fwd(hidden, ref_hidden, unembed, ref_unembed, target, softcap, scale):
     return stats, (hidden, ref_hidden, unembed, ref_unembed, target, kept, stats.kl)
 
 
-def _bwd(softcap, scale, saved, cotangent: TokenStats):
+def _bwd(softcap, scale, saved, cotangent):
     hidden, ref_hidden, unembed, ref_unembed, target, (z, z_ref, lse, lse_ref), kl = saved
-    g, c = cotangent.logp[..., None], cotangent.kl[..., None]
+    g = cotangent.logp[..., None]
     factor = scale if softcap is None else softcap
     pi = jnp.exp(z * factor - lse[..., None])
     is_target = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2) == target[..., None]
-    dz = pi * (c * ((z - z_ref) * factor - (lse - lse_ref + kl)[..., None]) - g) + jnp.where(is_target, g, 0.0)
+    pull = -g
+    if z_ref is not None:
+        pull = cotangent.kl[..., None] * ((z - z_ref) * factor - (lse - lse_ref + kl)[..., None]) - g
+    dz = pi * pull + jnp.where(is_target, g, 0.0)
     if softcap is not None:
         dz = dz * (1.0 - jnp.square(z))
     dz = (dz * scale).astype(hidden.dtype)
@@ -73,7 +79,7 @@ _token_stats.defvjp(_fwd, _bwd)
 
 def token_stats(
     hidden: jax.Array,
-    ref_hidden: jax.Array,
+    ref_hidden: jax.Array | None,
     unembed: jax.Array,
     ref_unembed: jax.Array | None,
     target: jax.Array,
@@ -84,4 +90,4 @@ def token_stats(
     """See `api.token_stats`."""
     still = jax.lax.stop_gradient
     stats = _token_stats(hidden, still(ref_hidden), unembed, still(ref_unembed), target, softcap, scale)
-    return TokenStats(stats.logp, still(stats.ref_logp), stats.kl, *(still(x) for x in stats[3:]))
+    return stats._replace(**{name: still(getattr(stats, name)) for name in STILL})
