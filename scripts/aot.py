@@ -66,7 +66,7 @@ def _lowered(devices: Any, chosen: argparse.Namespace) -> Any:
     from jax_dpo.models.families import model_config
     from jax_dpo.plan.lowered import abstract_params, lower_step
     from jax_dpo.sharding.mesh import make_mesh, row_shards
-    from jax_dpo.train.optimizer import adamw
+    from jax_dpo.train.optimizer import OptimizerOptions, make_optimizer
     from jax_dpo.train.state import Facts
 
     mesh = make_mesh(1, -1, 1, devices=devices)
@@ -84,7 +84,7 @@ def _lowered(devices: Any, chosen: argparse.Namespace) -> Any:
     return lower_step(
         facts,
         LossOptions(),
-        adamw(abstract_params(config), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01),
+        make_optimizer(OptimizerOptions(weight_decay=0.01), abstract_params(config)),
         mesh,
         RowShape(chosen.row_tokens, scored, 4, chosen.rows),
         micro_batches=chosen.micro_batches,

@@ -16,7 +16,7 @@ from jax_dpo.data import check
 from jax_dpo.errors import UserError
 from jax_dpo.loss.family import FAMILIES
 from jax_dpo.train import control
-from jax_dpo.train.optimizer import SCHEDULES
+from jax_dpo.train.schedule import SCHEDULES
 
 TRL_DEFAULTS: dict[str, Any] = {
     # TRL's own
@@ -48,6 +48,7 @@ TRL_DEFAULTS: dict[str, Any] = {
     "lr_scheduler_kwargs": None,
     "warmup_steps": 0,
     "optim": "adamw_torch_fused",
+    "optim_args": None,
     "weight_decay": 0.0,
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
@@ -213,6 +214,13 @@ def test_a_mapping_may_be_json() -> None:
     assert config.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
 
 
+@pytest.mark.parametrize(
+    "given", ["momentum=0.9,nesterov=True", '{"momentum": 0.9, "nesterov": true}', {"momentum": 0.9, "nesterov": True}]
+)
+def test_optim_args_are_transformers_text_or_a_mapping(given: Any) -> None:
+    assert DPOConfig(optim="sgd", optim_args=given).optim_args == {"momentum": 0.9, "nesterov": True}
+
+
 @pytest.mark.parametrize("loss", LOSS_TYPES)
 def test_each_loss_is_taken(loss: str) -> None:
     assert DPOConfig(loss_type=loss, label_smoothing=0.001 if loss == "exo_pair" else 0.0).loss_type == [loss]
@@ -245,7 +253,21 @@ def test_each_loss_is_taken(loss: str) -> None:
         ({"loss_type": {"sigmoid": 1}}, "expected a list of names"),
         ({"lr_scheduler_kwargs": "{broken"}, "expected a mapping (JSON)"),
         ({"fp16": True}, "write bf16: true"),
-        ({"optim": "adamw_8bit"}, "write adamw_torch"),
+        ({"optim": "adamw_8bit"}, "write adafactor (factored states, the least memory) or adamw_torch"),
+        ({"optim": "lion"}, "write lion_32bit"),
+        ({"optim": "paged_adamw_32bit"}, "the same numbers"),
+        (
+            {"optim": "galore_adamw"},
+            "galore_adamw is not in this version; write adamw_torch, adafactor, lion_32bit or sgd",
+        ),
+        ({"optim": "sdg"}, "did you mean sgd?"),
+        ({"optim_args": "momentum=0.9"}, "optim adamw_torch_fused takes none (transformers ignores them)"),
+        ({"optim": "sgd", "optim_args": "momentun=0.9"}, "did you mean momentum?"),
+        ({"optim": "sgd", "optim_args": "momentum=high"}, 'momentum: found "high", expected a number of at least 0'),
+        ({"optim": "sgd", "optim_args": {"momentum": 0.9, "nesterov": 1}}, "nesterov: found 1, expected true or false"),
+        ({"optim": "sgd", "optim_args": {"nesterov": True}}, "nesterov needs a momentum above 0"),
+        ({"optim": "sgd", "optim_args": "weight_decay=0.1"}, "write weight_decay: 0.1"),
+        ({"optim": "sgd", "optim_args": "momentum"}, "expected a mapping (JSON) or null"),
         ({"save_strategy": "best"}, "output_dir/best"),
         ({"kl_actions": ["halve_rl", "rolback"]}, "did you mean rollback?"),
         ({"kl_actions": ["halve_rl"]}, "did you mean halve_lr?"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax_dpo.config.options import DPOConfig
 from jax_dpo.config.parse import parse
-from jax_dpo.config.rules import DROP_REASONS, F_DIVERGENCES, KL_ACTIONS, LOSS_TYPES, SCHEDULERS
+from jax_dpo.config.rules import DROP_REASONS, F_DIVERGENCES, KL_ACTIONS, LOSS_TYPES, OPTIMIZERS, SCHEDULERS
 from jax_dpo.config.script import ScriptArguments
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "F_DIVERGENCES",
     "KL_ACTIONS",
     "LOSS_TYPES",
+    "OPTIMIZERS",
     "SCHEDULERS",
     "DPOConfig",
     "ScriptArguments",

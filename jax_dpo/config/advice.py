@@ -103,9 +103,8 @@ ADVICE: dict[str, str] = {
     "ignore_data_skip": "leave it out; a resumed run finds its place in the data at once",
     "full_determinism": "leave it out; a run with the same seed on the same machine gives the same numbers",
     "auto_find_batch_size": "write micro_batch_tokens; it lowers memory without changing the result",
-    "optim_args": f"{_LATER}; the optimizer's options are adam_beta1, adam_beta2, adam_epsilon and weight_decay",
     "optim_target_modules": f"{_LATER}; every parameter is trained, or the adapter's alone",
-    "adafactor": f"{_LATER}; write optim: adamw_torch",
+    "adafactor": "write optim: adafactor",
     "neftune_noise_alpha": f"{_LATER}; leave it out",
     "label_names": _AUTOMATIC,
     "label_smoothing_factor": "write label_smoothing",
@@ -222,7 +221,25 @@ PYTHON_ADVICE: dict[str, str] = {
     "use_rslora": "pass peft_config=LoraConfig(use_rslora=True, ...) to DPOTrainer",
 }
 
-_OPTIMIZER = "only AdamW is in this version; write adamw_torch"
+_SAME_NUMBERS = "write adamw_torch: the same numbers; the state is spread over the devices instead of paged"
+_EIGHT_BITS = (
+    "no library of JAX has states of 8 or 4 bits; write adafactor (factored states, the least memory) or adamw_torch, whose states "
+    "are spread over the devices"
+)
+_EIGHT_BIT_LION = "no library of JAX has states of 8 bits; write lion_32bit, which has one state where AdamW has two"
+_NO_SUCH_OPTIMIZER = "is not in this version; write adamw_torch, adafactor, lion_32bit or sgd"
+
+_ADAMWS = ("adamw", "adamw_hf", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_apex_fused")
+_SMALL_ADAMWS = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit", "adamw_torch_4bit")
+# The other names of transformers 5.24.
+_OTHER_OPTIMIZERS = (
+    *("adamw_anyprecision", "stable_adamw", "grokadamw", "lomo", "adalomo", "apollo_adamw", "apollo_adamw_layerwise"),
+    *("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "adagrad"),
+    *("rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+    *("galore_adamw", "galore_adamw_8bit", "galore_adafactor"),
+    *("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"),
+    *("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
+)
 
 # (option, value in lower case) -> what to write instead.
 VALUE_ADVICE: dict[tuple[str, str], str] = {
@@ -239,7 +256,6 @@ VALUE_ADVICE: dict[tuple[str, str], str] = {
     ("save_strategy", "best"): "the best checkpoint is always kept in output_dir/best; write steps",
     ("lr_scheduler_type", "reduce_lr_on_plateau"): "the schedule does not look at metrics; write cosine or linear",
     ("lr_scheduler_type", "greedy"): "the schedule does not look at metrics; write cosine or linear",
-    ("lr_scheduler_type", "cosine_warmup_with_min_lr"): "write cosine_with_min_lr",
     ("lr_scheduler_type", "wsd"): "write warmup_stable_decay",
     (
         "train_sampling_strategy",
@@ -252,19 +268,14 @@ VALUE_ADVICE: dict[tuple[str, str], str] = {
     ("train_sampling_strategy", "shuffle"): "write random",
     ("truncation_mode", "left"): "write keep_end",
     ("truncation_mode", "right"): "write keep_start",
-    **{
-        ("optim", name): _OPTIMIZER
-        for name in (
-            *(
-                "adafactor",
-                "adamw",
-                "adamw_hf",
-                "adamw_8bit",
-                "adamw_bnb_8bit",
-                "paged_adamw_8bit",
-                "paged_adamw_32bit",
-            ),
-            *("lion", "lion_8bit", "lion_32bit", "sgd", "rmsprop", "adagrad", "adamw_apex_fused", "adamw_anyprecision"),
-        )
-    },
+    **{("optim", name): _SAME_NUMBERS for name in ("paged_adamw_32bit", "paged_adamw")},
+    **{("optim", name): "write adamw_torch: the same formula" for name in _ADAMWS},
+    **{("optim", name): _EIGHT_BITS for name in _SMALL_ADAMWS},
+    **{("optim", name): _EIGHT_BIT_LION for name in ("lion_8bit", "paged_lion_8bit")},
+    ("optim", "lion"): "write lion_32bit",
+    (
+        "optim",
+        "paged_lion_32bit",
+    ): "write lion_32bit: the same numbers; the state is spread over the devices instead of paged",
+    **{("optim", name): f"{name} {_NO_SUCH_OPTIMIZER}" for name in _OTHER_OPTIMIZERS},
 }

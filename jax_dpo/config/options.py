@@ -33,6 +33,7 @@ from jax_dpo.config.rules import (
     KL_ACTIONS,
     KL_CONTROLLERS,
     LOSS_TYPES,
+    OPTIMIZERS,
     SCHEDULERS,
     problems_between,
     warnings_of,
@@ -55,12 +56,29 @@ def check_config(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], l
 
 def check_values(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """As `check_config`, for names that are all known: each value by itself, then the values together."""
-    values, problems = read(cls, given, VALUE_ADVICE)
+    values, problems = read(cls, {name: _pairs_of(name, value) for name, value in given.items()}, VALUE_ADVICE)
     if values.get("resume_from_checkpoint") is False:
         values["resume_from_checkpoint"] = None
     if isinstance(values.get("report_to"), list) and set(values["report_to"]) <= {"none"}:
         values["report_to"] = "none"
     return values, problems + problems_between(values)
+
+
+def _pairs_of(name: str, value: Any) -> Any:
+    """transformers' spelling of optim_args, "momentum=0.9,nesterov=true", as the mapping that it stands for."""
+    if name != "optim_args" or not isinstance(value, str) or "=" not in value or value.lstrip().startswith("{"):
+        return value
+    parts = [part.partition("=") for part in value.replace(" ", "").split(",") if part]
+    return {key: _scalar(text) for key, _, text in parts}
+
+
+def _scalar(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 @validated(check_config)
@@ -134,16 +152,34 @@ class DPOConfig:
     )
     optim: str = option(
         "adamw_torch_fused",
-        "Optimizer: AdamW by torch's formula (both names mean it).",
+        "Optimizer: AdamW by torch's formula (both names mean it), Adafactor with factored second moments as transformers runs it, "
+        "Lion, or torch's SGD.",
         group="Optimizer",
-        choices=("adamw_torch", "adamw_torch_fused"),
+        choices=OPTIMIZERS,
+    )
+    optim_args: dict[str, Any] | None = option(
+        None,
+        'Options of the optimizer, as "momentum=0.9,nesterov=true" or JSON: momentum, dampening and nesterov of sgd.',
+        group="Optimizer",
     )
     weight_decay: float = option(
-        0.0, "Decay of AdamW; biases and norm weights are not decayed.", group="Optimizer", check=at_least(0)
+        0.0,
+        "Decay of the weights; biases and norm weights are not decayed. Apart from the gradient, but for sgd, as in torch.",
+        group="Optimizer",
+        check=at_least(0),
     )
-    adam_beta1: float = option(0.9, "First moment's decay.", group="Optimizer", check=within(0, 1, open_high=True))
-    adam_beta2: float = option(0.999, "Second moment's decay.", group="Optimizer", check=within(0, 1, open_high=True))
-    adam_epsilon: float = option(1e-8, "Added to the root of the second moment.", group="Optimizer", check=at_least(0))
+    adam_beta1: float = option(
+        0.9, "First moment's decay (AdamW, Lion).", group="Optimizer", check=within(0, 1, open_high=True)
+    )
+    adam_beta2: float = option(
+        0.999,
+        "Second moment's decay (AdamW); Lion's momentum's.",
+        group="Optimizer",
+        check=within(0, 1, open_high=True),
+    )
+    adam_epsilon: float = option(
+        1e-8, "Added to the root of the second moment (AdamW).", group="Optimizer", check=at_least(0)
+    )
     max_grad_norm: float = option(
         1.0, "Gradients are scaled down to this norm; 0 does not clip.", group="Optimizer", check=at_least(0)
     )

@@ -46,6 +46,7 @@ _SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
     "polynomial": ("lr_end", "power"),
     "cosine_with_restarts": ("num_cycles",),
     "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
     "warmup_stable_decay": (
         "num_decay_steps",
         "num_stable_steps",
@@ -59,6 +60,23 @@ SCHEDULERS = tuple(_SCHEDULER_KWARGS)
 # What only sync_ref_model reads, with its defaults.
 _OF_SYNC = (("ref_model_mixup_alpha", 0.6), ("ref_model_sync_steps", 512))
 _RAMPS = ("linear", "cosine", "1-sqrt")
+_MAY_BE_UNSET = ("timescale", "warmup_lr_rate")
+
+# What optim_args may hold for each optimizer, and which of the adam_ options it reads.
+_OPTIM_ARGS: dict[str, tuple[str, ...]] = {
+    "adamw_torch_fused": (),
+    "adamw_torch": (),
+    "adafactor": (),
+    "lion_32bit": (),
+    "sgd": ("momentum", "dampening", "nesterov"),
+}
+OPTIMIZERS = tuple(_OPTIM_ARGS)
+_ADAM_READ = {
+    "adamw_torch_fused": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    "adamw_torch": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    "lion_32bit": ("adam_beta1", "adam_beta2"),
+}
+_ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 
 
 @dataclass(frozen=True)
@@ -114,14 +132,32 @@ def _scheduler_kwargs(kwargs: dict[str, Any] | None, scheduler: str, rate: float
         if key in ("warmup_type", "decay_type"):
             if value not in _RAMPS:
                 return f"{key}: found {show(value)}, expected one of {', '.join(_RAMPS)}"
-        elif not _counts(value) and (key, value) != ("timescale", None):
+        elif not _counts(value) and (value is not None or key not in _MAY_BE_UNSET):
             return f"{key}: found {show(value)}, expected a number of at least 0"
-    if scheduler == "cosine_with_min_lr" and ("min_lr" in given) == ("min_lr_rate" in given):
-        return f"found {show(given)}, expected either min_lr or min_lr_rate for cosine_with_min_lr"
+    if scheduler.endswith("with_min_lr") and ("min_lr" in given) == ("min_lr_rate" in given):
+        return f"found {show(given)}, expected either min_lr or min_lr_rate for {scheduler}"
     if scheduler == "warmup_stable_decay" and "num_decay_steps" not in given:
         return f"found {show(given)}, expected num_decay_steps for warmup_stable_decay"
     if scheduler == "polynomial" and given.get("lr_end", 1e-7) >= rate:
         return f"lr_end: {show(given.get('lr_end', 1e-7))} is not below learning_rate {show(rate)}"
+    return None
+
+
+def _optim_args(given: dict[str, Any] | None, optimizer: str) -> str | None:
+    given, known = given or {}, _OPTIM_ARGS[optimizer]
+    for key, value in given.items():
+        if key == "weight_decay":
+            return f"found {key}, which transformers overrides by the option weight_decay; write weight_decay: {show(value)}"
+        if key not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes none (transformers ignores them)"
+            close = nearest(key, known, n=1)
+            return f"found {key}, but optim {optimizer} {takes}" + (f"; did you mean {close[0]}?" if close else "")
+        if key == "nesterov" and not isinstance(value, bool):
+            return f"nesterov: found {show(value)}, expected true or false"
+        if key != "nesterov" and not _counts(value):
+            return f"{key}: found {show(value)}, expected a number of at least 0"
+    if given.get("nesterov") and (not given.get("momentum") or given.get("dampening")):
+        return "nesterov needs a momentum above 0 and no dampening"
     return None
 
 
@@ -224,6 +260,7 @@ _RULES = (
     Rule(("f_divergence_type", "loss_type"), _divergence),
     Rule(("use_weighting", "loss_type"), _weighting),
     Rule(("lr_scheduler_kwargs", "lr_scheduler_type", "learning_rate"), _scheduler_kwargs),
+    Rule(("optim_args", "optim"), _optim_args),
     Rule(
         ("load_best_model_at_end", "eval_strategy", "save_strategy", "eval_steps", "save_steps", "logging_steps"),
         _best_at_end,
@@ -261,7 +298,7 @@ def _unusual(values: Mapping[str, Any], adapter: bool, data_parallel: int) -> li
     rate, beta = values["learning_rate"], values["beta"]
     if rate == 0:
         found.append("learning_rate 0: nothing will be learned")
-    elif not adapter and not 1e-7 <= rate <= 5e-6:
+    elif not adapter and values["optim"].startswith("adamw") and not 1e-7 <= rate <= 5e-6:
         found.append(f"learning_rate {rate:g} is outside 1e-7 to 5e-6, the range known to work for full training")
     if not 0.05 <= beta <= 0.3:
         found.append(f"beta {beta:g} is outside 0.05 to 0.3, the range known to work")
@@ -305,6 +342,17 @@ def _without_effect(values: Mapping[str, Any]) -> list[str]:
     moving = [name for name, usual in _OF_SYNC if values[name] != usual]
     if moving and not values["sync_ref_model"]:
         found.append(f"{' and '.join(moving)} can do nothing: sync_ref_model is false, so the reference stays as it is")
+    unread = [
+        name
+        for name, default in _ADAM_DEFAULTS.items()
+        if values[name] != default and name not in _ADAM_READ.get(values["optim"], ())
+    ]
+    if unread:
+        found.append(
+            f"{' and '.join(unread)} without effect: optim {values['optim']} does not read it, as in transformers"
+        )
+    if (values["optim_args"] or {}).get("dampening") and not values["optim_args"].get("momentum"):
+        found.append("optim_args dampening has no effect without momentum, as in torch")
     if values["eval_strategy"] == "no":
         acting = [name for name in ("kl_actions", "adaptive_beta") if values[name]]
         acting += ["kl_controller"] * (values["kl_controller"] != "none")

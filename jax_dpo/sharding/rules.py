@@ -52,16 +52,29 @@ def shardings(tree: Mapping[str, Any], mesh: Mesh) -> Tree:
 
 
 def like_params(state: Any, params: Tree, mesh: Mesh) -> Any:
-    """Shardings of an optimizer state: a leaf that has the path's end and the shape of a parameter lies as that parameter does,
-    everything else (counts, scalars) is replicated."""
+    """Shardings of an optimizer state: a leaf that has the path's end and the shape of a parameter lies as that parameter does.
+
+    So does one that lacks the last axis of its parameter, or the one before it (factored moments; `columns` names the latter where
+    both have the same shape). Everything else (counts, scalars) is replicated.
+    """
     known = {path: (tuple(x.shape), spec_of(path, tuple(x.shape), mesh)) for path, x in flatten(params).items()}
 
     def place(keys: tuple, leaf: Any) -> NamedSharding:
         names = [str(k.key) for k in keys if isinstance(k, jax.tree_util.DictKey)]
-        shape, spec = known.get(".".join(names), (None, PartitionSpec()))
-        return NamedSharding(mesh, spec if shape == tuple(leaf.shape) else PartitionSpec())
+        fields = [k.name for k in keys if isinstance(k, jax.tree_util.GetAttrKey)]
+        shape, spec = known.get(".".join(names), ((), PartitionSpec()))
+        left_out = (-2, -1) if "columns" in fields else (-1, -2)
+        for axes in (tuple(range(len(shape))), *(_without(len(shape), axis) for axis in left_out)):
+            if axes and tuple(shape[i] for i in axes) == tuple(leaf.shape):
+                return NamedSharding(mesh, PartitionSpec(*(spec[i] for i in axes)))
+        return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _without(count: int, axis: int) -> tuple[int, ...]:
+    """All of `count` axes but one."""
+    return tuple(i for i in range(count) if i != count + axis)
 
 
 def activations(mesh: Mesh) -> NamedSharding:

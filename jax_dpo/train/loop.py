@@ -29,8 +29,8 @@ from jax_dpo.train.controllers import Controller
 from jax_dpo.train.evaluate import EvalSet, Evaluator, evaluate
 from jax_dpo.train.gates import Ranking
 from jax_dpo.train.metrics import Window
-from jax_dpo.train.optimizer import Schedule
 from jax_dpo.train.plan import Plan
+from jax_dpo.train.schedule import Schedule
 from jax_dpo.train.signals import StopRequest
 from jax_dpo.train.state import Frozen, Knobs, TrainState
 

@@ -38,6 +38,7 @@ class MemorySettings:
     """the reference runs in the step, and nothing there needs its whole distribution"""
     reference_batch: int | None = None
     """pairs of a batch, where the reference alone is run"""
+    optim: str | None = None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -109,6 +110,11 @@ def _advice(now: MemorySettings) -> list[str]:
         texts.append("LoRA (use_peft true): no optimizer state and no second copy of the model for the reference")
     if now.may_precompute:
         texts.append("precompute_ref_log_probs true: neither the reference nor its forward pass is in the step")
+    moments = {"adamw_torch": "two copies", "adamw_torch_fused": "two copies", "lion_32bit": "one copy"}.get(
+        now.optim or ""
+    )
+    if moments and not now.use_peft:
+        texts.append(f"optim adafactor: {moments} of the weights less (it wants a learning rate of its own)")
     if now.bf16 is False:
         texts.append("bf16 true, on a TPU or GPU: half the memory of activations")
     texts.append("more devices: parameters, gradients and optimizer state are spread over all of them")

@@ -1,11 +1,15 @@
-"""AdamW, clipping and schedules as torch and transformers have them, so that a ported run takes the same steps."""
+"""Optimizers and clipping as torch and transformers have them, so that a ported run takes the same steps.
+
+Each optimizer is the direction u of a step p <- p - rate * u. The rate stays outside, so that it can change without a new trace.
+Layers are stacked in one array here and are tensors of their own there: what torch does to a whole tensor is done per layer.
+"""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +17,9 @@ import optax
 
 from jax_dpo.arrays import Tree, flatten, unflatten
 
-Schedule = Callable[[int], float]
-
 # transformers' Trainer decays everything but biases and norms, by name.
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+_STACKED = "model.layers."
 
 
 def decays(path: str) -> bool:
@@ -28,16 +31,144 @@ def decay_mask(params: Tree) -> Tree:
     return unflatten({path: decays(path) for path in flatten(params)})
 
 
-def adamw(params: Tree, *, b1: float, b2: float, eps: float, weight_decay: float) -> optax.GradientTransformation:
-    """The direction u of torch's AdamW (arXiv 1711.05101): the step is p <- p - rate * u.
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """What an optimizer is made of; names and meanings are those of transformers' training arguments.
 
-    u = m / (sqrt(v) + eps) + weight_decay * p with bias-corrected moments, the decay only where `decays` says so. The rate stays
-    outside, so that it can change without a new trace.
+    `args` is `optim_args`: momentum, dampening and nesterov of sgd.
     """
+
+    name: str = "adamw_torch_fused"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+def make_optimizer(options: OptimizerOptions, params: Tree) -> optax.GradientTransformation:
+    """The optimizer of that name for these parameters (arrays or shapes)."""
+    return _MAKERS[options.name](options, params)
+
+
+def _decay(options: OptimizerOptions, params: Tree) -> optax.GradientTransformation:
+    return optax.add_decayed_weights(options.weight_decay, mask=decay_mask(params))
+
+
+def _adamw(options: OptimizerOptions, params: Tree) -> optax.GradientTransformation:
+    """torch's AdamW (arXiv 1711.05101): u = m / (sqrt(v) + eps) + weight_decay * p with bias-corrected moments."""
     return optax.chain(
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-        optax.add_decayed_weights(weight_decay, mask=decay_mask(params)),
+        optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps),
+        _decay(options, params),
     )
+
+
+def _lion(options: OptimizerOptions, params: Tree) -> optax.GradientTransformation:
+    """Lion (arXiv 2302.06675, algorithm 2): u = sign(b1 m + (1 - b1) g) + weight_decay * p, then m <- b2 m + (1 - b2) g."""
+    return optax.chain(optax.scale_by_lion(b1=options.b1, b2=options.b2), _decay(options, params))
+
+
+def _sgd(options: OptimizerOptions, params: Tree) -> optax.GradientTransformation:
+    """torch's SGD: the decay is added to the gradient, before the momentum b <- momentum * b + (1 - dampening) * g.
+
+    The first b is the first gradient itself. u = b, or g + momentum * b with nesterov.
+    """
+    momentum, dampening = options.args.get("momentum", 0.0), options.args.get("dampening", 0.0)
+    parts = [_decay(options, params)]
+    if momentum and dampening:
+        parts.append(_dampen(dampening))
+    if momentum:
+        parts.append(optax.trace(momentum, nesterov=options.args.get("nesterov", False)))
+    return optax.chain(*parts)
+
+
+class StepCount(NamedTuple):
+    """How many steps were taken, int32."""
+
+    step: jax.Array
+
+
+def _dampen(dampening: float) -> optax.GradientTransformation:
+    """All gradients but the first times (1 - dampening)."""
+
+    def init(params: Tree) -> StepCount:
+        return StepCount(jnp.zeros((), jnp.int32))
+
+    def update(grads: Tree, state: StepCount, params: Tree | None = None) -> tuple[Tree, StepCount]:
+        factor = jnp.where(state.step == 0, 1.0, 1.0 - dampening)
+        return jax.tree.map(lambda g: g * factor, grads), StepCount(optax.safe_increment(state.step))
+
+    return optax.GradientTransformation(init, update)
+
+
+class FactoredState(NamedTuple):
+    """Adafactor's second moments. A matrix [.., O, I] has `rows` [.., O] and `columns` [.., I], anything else `whole`."""
+
+    step: jax.Array
+    rows: Tree
+    columns: Tree
+    whole: Tree
+
+
+# transformers' Trainer takes these and no others: the rate is the schedule's, not the parameters' scale.
+_FACTOR_EPS, _FACTOR_CLIP, _FACTOR_DECAY = 1e-30, 1.0, -0.8
+
+
+def _adafactor(options: OptimizerOptions, params: Tree) -> optax.GradientTransformation:
+    return optax.chain(_scale_by_factored_moments(), _decay(options, params))
+
+
+def _scale_by_factored_moments() -> optax.GradientTransformation:
+    """Adafactor (arXiv 1804.04235, algorithms 4 and 5) as transformers' Trainer runs it.
+
+    In step t (from 1), b = 1 - t^-0.8 and s = g^2 + 1e-30: R <- b R + (1 - b) mean_columns(s), C the same over rows, and
+    u = g / sqrt(R / mean(R) * C); tensors of one axis have V <- b V + (1 - b) s and u = g / sqrt(V). Then u is divided by
+    max(1, rms(u)), over its tensor.
+
+    optax has the same factors, but it would take the layer axis for one of a matrix where it is the longer one (a LoRA matrix
+    [28, 4, 4096] has more layers than rows), and cut by the root mean square of all layers together.
+    """
+
+    def init(params: Tree) -> FactoredState:
+        flat = flatten(params)
+        matrices = {path: p for path, p in flat.items() if _is_matrix(path, p)}
+        return FactoredState(
+            jnp.zeros((), jnp.int32),
+            unflatten({path: jnp.zeros(p.shape[:-1], p.dtype) for path, p in matrices.items()}),
+            unflatten({path: jnp.zeros((*p.shape[:-2], p.shape[-1]), p.dtype) for path, p in matrices.items()}),
+            unflatten({path: jnp.zeros(p.shape, p.dtype) for path, p in flat.items() if path not in matrices}),
+        )
+
+    def update(grads: Tree, state: FactoredState, params: Tree | None = None) -> tuple[Tree, FactoredState]:
+        count = optax.safe_increment(state.step)
+        keep = 1.0 - count.astype(jnp.float32) ** _FACTOR_DECAY
+        mix = lambda old, new: keep * old + (1.0 - keep) * new  # noqa: E731
+        rows, columns, whole = (flatten(tree) for tree in state[1:])
+        directions = {}
+        for path, g in flatten(grads).items():
+            square = g * g + _FACTOR_EPS
+            if path in rows:
+                r = rows[path] = mix(rows[path], square.mean(-1))
+                c = columns[path] = mix(columns[path], square.mean(-2))
+                u = g * jax.lax.rsqrt(r / r.mean(-1, keepdims=True))[..., None] * jax.lax.rsqrt(c)[..., None, :]
+            else:
+                v = whole[path] = mix(whole[path], square)
+                u = g * jax.lax.rsqrt(v)
+            axes = tuple(range(_layer_axes(path), g.ndim))
+            rms = jnp.sqrt(jnp.mean(u * u, axis=axes, keepdims=True))
+            directions[path] = u / jnp.maximum(1.0, rms / _FACTOR_CLIP)
+        return unflatten(directions), FactoredState(count, unflatten(rows), unflatten(columns), unflatten(whole))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _layer_axes(path: str) -> int:
+    """Leading axes over which an array holds tensors of their own: 1 where layers are stacked."""
+    return int(path.startswith(_STACKED))
+
+
+def _is_matrix(path: str, p: Any) -> bool:
+    return p.ndim - _layer_axes(path) >= 2
 
 
 def clip(grads: Any, norm: jax.Array, max_norm: float) -> Any:
@@ -48,111 +179,11 @@ def clip(grads: Any, norm: jax.Array, max_norm: float) -> Any:
     return jax.tree.map(lambda g: g * factor, grads)
 
 
-def warmup_of(warmup_steps: float, total: int) -> int:
-    """Warm-up in steps: a number of steps, or a share in (0, 1) of the whole run, rounded up."""
-    return math.ceil(total * warmup_steps) if 0 < warmup_steps < 1 else int(warmup_steps)
-
-
-def schedule(name: str, *, total: int, warmup: int, options: dict[str, Any] | None = None) -> Schedule:
-    """transformers' schedules: step k (from 0) -> factor of the learning rate used by that step, in float64.
-
-    Args:
-      name: linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial, constant, constant_with_warmup, inverse_sqrt or
-        warmup_stable_decay.
-      total, warmup: steps of the run and of its warm-up.
-      options: `lr_scheduler_kwargs`; polynomial has `end`, which is lr_end as a share of the rate.
-    """
-    given = dict(options or {})
-    shape = _SHAPES[name](total, warmup, given)
-    if name == "constant":
-        return shape
-    rise = _rise(given.get("warmup_type", "linear"), given.get("min_lr_ratio", 0.0))
-    return lambda k: rise(k / warmup) if k < warmup else shape(k)
-
-
-def _rise(kind: str, least: float) -> Callable[[float], float]:
-    """The warm-up: share of it that is done -> factor, from `least` to 1. Only warmup_stable_decay has other kinds than linear from 0."""
-
-    def factor(p: float) -> float:
-        if kind == "cosine":
-            p = 0.5 * (1.0 - math.cos(math.pi * p))
-        elif kind == "1-sqrt":
-            p = 1.0 - math.sqrt(1.0 - p)
-        return max(0.0, p * (1.0 - least) + least)
-
-    return factor
-
-
-def _progress(total: int, warmup: int) -> Callable[[int], float]:
-    return lambda k: (k - warmup) / max(1, total - warmup)
-
-
-def _linear(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
-    return lambda k: max(0.0, (total - k) / max(1, total - warmup))
-
-
-def _cosine(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
-    cycles, at = options.get("num_cycles", 0.5), _progress(total, warmup)
-    return lambda k: max(0.0, 0.5 * (1.0 + math.cos(math.pi * 2.0 * cycles * at(k))))
-
-
-def _cosine_with_restarts(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
-    cycles, at = options.get("num_cycles", 1), _progress(total, warmup)
-    return lambda k: 0.0 if at(k) >= 1 else max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((cycles * at(k)) % 1.0))))
-
-
-def _cosine_with_min_lr(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
-    least, inner = options["min_lr_rate"], _cosine(total, warmup, options)
-    return lambda k: inner(k) * (1.0 - least) + least
-
-
-def _polynomial(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
-    # `end` is lr_end / learning_rate; the caller knows the rate.
-    end, power, at = options["end"], options.get("power", 1.0), _progress(total, warmup)
-    return lambda k: end if k > total else (1.0 - end) * (1.0 - at(k)) ** power + end
-
-
-def _constant(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
-    return lambda k: 1.0
-
-
-def _inverse_sqrt(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
-    timescale = options.get("timescale") or warmup or 10_000
-    return lambda k: 1.0 / math.sqrt((k + timescale - warmup) / timescale)
-
-
-def _warmup_stable_decay(total: int, warmup: int, options: dict[str, Any]) -> Schedule:
-    decay = options["num_decay_steps"]
-    stable = options.get("num_stable_steps", total - warmup - decay)
-    least, cycles = options.get("min_lr_ratio", 0.0), options.get("num_cycles", 0.5)
-    kind = options.get("decay_type", "cosine")
-
-    def fall(p: float) -> float:
-        if kind == "linear":
-            return 1.0 - p
-        if kind == "1-sqrt":
-            return 1.0 - math.sqrt(p)
-        return 0.5 * (1.0 + math.cos(math.pi * cycles * 2.0 * p))
-
-    def factor(k: int) -> float:
-        if k < warmup + stable:
-            return 1.0
-        if k < warmup + stable + decay:
-            return max(0.0, fall((k - warmup - stable) / max(1, decay)) * (1.0 - least) + least)
-        return least
-
-    return factor
-
-
-_SHAPES: dict[str, Callable[[int, int, dict[str, Any]], Schedule]] = {
-    "linear": _linear,
-    "cosine": _cosine,
-    "cosine_with_restarts": _cosine_with_restarts,
-    "cosine_with_min_lr": _cosine_with_min_lr,
-    "polynomial": _polynomial,
-    "constant": _constant,
-    "constant_with_warmup": _constant,
-    "inverse_sqrt": _inverse_sqrt,
-    "warmup_stable_decay": _warmup_stable_decay,
+_MAKERS: dict[str, Callable[[OptimizerOptions, Tree], optax.GradientTransformation]] = {
+    "adamw_torch": _adamw,
+    "adamw_torch_fused": _adamw,
+    "adafactor": _adafactor,
+    "lion_32bit": _lion,
+    "sgd": _sgd,
 }
-SCHEDULES = tuple(_SHAPES)
+OPTIMIZERS = tuple(_MAKERS)

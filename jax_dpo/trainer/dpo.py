@@ -187,6 +187,7 @@ class DPOTrainer(Run):
             micro_batch_tokens=a.micro_batch_tokens,
             may_precompute=not (a.precompute_ref_log_probs or a.sync_ref_model or a.kl_coef),
             reference_batch=reference_batch,
+            optim=a.optim,
         )
         return memory_advice(settings, doing=doing)
 

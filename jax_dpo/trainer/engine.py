@@ -25,7 +25,7 @@ from jax_dpo.sharding.mesh import make_mesh, replicated, row_shards
 from jax_dpo.sharding.place import batch_to_devices, row_range
 from jax_dpo.train.evaluate import EvalSet
 from jax_dpo.train.flops import attended_of, cost_of, work_of
-from jax_dpo.train.optimizer import adamw
+from jax_dpo.train.optimizer import OptimizerOptions, make_optimizer
 from jax_dpo.train.plan import Plan
 from jax_dpo.train.state import TrainState
 from jax_dpo.train.step import make_evaluation, make_step, make_sync
@@ -61,6 +61,13 @@ def loss_options(config: DPOConfig) -> LossOptions:
         discopop_tau=config.discopop_tau,
         use_weighting=config.use_weighting,
         kl_reduction=config.kl_reduction,
+    )
+
+
+def optimizer_options(config: DPOConfig) -> OptimizerOptions:
+    c = config
+    return OptimizerOptions(
+        c.optim, c.adam_beta1, c.adam_beta2, c.adam_epsilon, c.weight_decay, dict(c.optim_args or {})
     )
 
 
@@ -104,10 +111,7 @@ class Engine:
 
     @cached_property
     def tx(self) -> optax.GradientTransformation:
-        c = self.config
-        return adamw(
-            self.abstract_params, b1=c.adam_beta1, b2=c.adam_beta2, eps=c.adam_epsilon, weight_decay=c.weight_decay
-        )
+        return make_optimizer(optimizer_options(self.config), self.abstract_params)
 
     @cached_property
     def abstract_params(self) -> Any:

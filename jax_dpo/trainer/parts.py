@@ -25,8 +25,8 @@ from jax_dpo.train.evaluate import evaluate
 from jax_dpo.train.flops import matmul_rate, peak_of
 from jax_dpo.train.gates import Ranking
 from jax_dpo.train.loop import KLControl, Parts, Progress
-from jax_dpo.train.optimizer import schedule, warmup_of
 from jax_dpo.train.plan import Plan, interval, total_steps
+from jax_dpo.train.schedule import schedule, warmup_of
 from jax_dpo.train.start_check import check_start
 from jax_dpo.train.state import Frozen, Knobs, TrainState
 from jax_dpo.trainer import outputs
@@ -91,7 +91,7 @@ def schedule_options(config: DPOConfig) -> dict[str, Any]:
     rate = config.learning_rate or 1.0
     if config.lr_scheduler_type == "polynomial":
         options["end"] = options.pop("lr_end", 1e-7) / rate
-    if config.lr_scheduler_type == "cosine_with_min_lr" and "min_lr" in options:
+    if config.lr_scheduler_type in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and "min_lr" in options:
         options["min_lr_rate"] = options.pop("min_lr") / rate
     return options
 

@@ -9,7 +9,7 @@ from typing import Any
 from jax_dpo.sharding.multihost import wait_for_all
 from jax_dpo.train.gates import Facts, judge, write_verdict
 from jax_dpo.train.loop import Loop
-from jax_dpo.train.optimizer import warmup_of
+from jax_dpo.train.schedule import warmup_of
 from jax_dpo.train.state import TrainState
 from jax_dpo.trainer import outputs
 from jax_dpo.trainer.run import Run

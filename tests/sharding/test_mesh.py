@@ -19,6 +19,7 @@ from jax_dpo.models.config import linear_shapes, parameter_shapes
 from jax_dpo.models.lora import LoraSpec
 from jax_dpo.sharding import mesh as meshes
 from jax_dpo.sharding import place, rules, tables
+from jax_dpo.train.optimizer import OptimizerOptions, make_optimizer
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,26 @@ def test_moments_lie_as_their_parameters() -> None:
     want = flatten(rules.shardings(params, mesh))
     assert flatten(laid.mu) == flatten(laid.nu) == want
     assert laid.count.spec == PartitionSpec()
+
+
+def test_factored_moments_lie_as_the_axes_that_they_keep() -> None:
+    mesh = meshes.make_mesh(2, 2, 2)
+    shapes = parameter_shapes(tiny.shape_of(hidden_size=128))  # so that up_proj is square
+    params = unflatten({p: jax.ShapeDtypeStruct(s, np.float32) for p, s in shapes.items()})
+    state = jax.eval_shape(make_optimizer(OptimizerOptions("adafactor"), params).init, params)
+    factored, _ = rules.like_params(state, params, mesh)
+    for path, shape in shapes.items():
+        spec = tuple(rules.spec_of(path, shape, mesh))
+        if len(shape) - path.startswith("model.layers.") == 1:
+            assert tuple(flatten(factored.whole)[path].spec) == spec, path
+        else:
+            assert tuple(flatten(factored.rows)[path].spec) == spec[:-1], path
+            assert tuple(flatten(factored.columns)[path].spec) == (*spec[:-2], spec[-1]), path
+    up = "model.layers.mlp.up_proj.weight"
+    assert shapes[up][1] == shapes[up][2]
+    assert tuple(flatten(factored.rows)[up].spec) == (None, "tensor")
+    assert tuple(flatten(factored.columns)[up].spec) == (None, "fsdp")
+    assert factored.step.spec == PartitionSpec()
 
 
 def test_heads_that_would_be_cut_are_refused_with_what_fits() -> None:

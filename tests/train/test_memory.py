@@ -85,10 +85,19 @@ def test_advice_names_the_values_in_force() -> None:
         gradient_checkpointing=False,
         use_peft=False,
         bf16=False,
+        optim="adamw_torch_fused",
     )
     lines = memory_error(MemoryError(), settings, doing="training step 1").message.splitlines()
     assert lines[0] == "Out of memory while training step 1. What takes less, best first:"
-    words = ["micro-batch", "shorter sequences", "gradient_checkpointing true", "LoRA", "bf16 true", "more devices"]
+    words = [
+        "micro-batch",
+        "shorter sequences",
+        "gradient_checkpointing true",
+        "LoRA",
+        "two copies of the weights",
+        "bf16 true",
+        "more",
+    ]
     assert len(lines) == 1 + len(words)
     for line, word in zip(lines[1:], words, strict=True):
         assert word in line
