@@ -14,6 +14,7 @@ from jax_dpo.config.advice import ADVICE, PYTHON_ADVICE, VALUE_ADVICE
 from jax_dpo.config.rules import DROP_REASONS, KL_ACTIONS, LOSS_TYPES, SCHEDULERS
 from jax_dpo.data import check
 from jax_dpo.errors import UserError
+from jax_dpo.loss.aot import AOT_TYPES
 from jax_dpo.loss.family import FAMILIES
 from jax_dpo.train import control
 from jax_dpo.train.schedule import SCHEDULES
@@ -288,7 +289,7 @@ def test_each_loss_is_taken(loss: str) -> None:
             "reverse_kl with loss_type nca_pair",
         ),
         ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, "false with loss_type sft"),
-        ({"loss_type": "aot"}, "not in this version"),
+        ({"loss_type": "aot_unpaired", "use_weighting": True}, "false with loss_type aot_unpaired"),
         ({"lr_scheduler_kwargs": {"num_cycles": 1}}, "linear takes no options"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 1}}, "did you mean num_cycles?"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "x"}}, 'num_cycles: found "x"'),
@@ -343,7 +344,11 @@ def test_what_is_only_unusual_is_taken(options: dict[str, Any]) -> None:
 
 
 def test_the_names_known_here_are_those_that_exist_below() -> None:
-    assert set(LOSS_TYPES) == {*FAMILIES, "sft"}  # sft is no loss of single pairs: the step adds it
+    assert set(LOSS_TYPES) == {
+        *FAMILIES,
+        *AOT_TYPES,
+        "sft",
+    }  # the last ones are of a whole micro-batch: the step adds them
     assert set(SCHEDULERS) == set(SCHEDULES)
     assert set(KL_ACTIONS) == set(control.KL_ACTIONS)
     assert set(DROP_REASONS) == set(check.DROP_REASONS)

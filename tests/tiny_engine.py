@@ -135,12 +135,16 @@ def engine_on(
     lora: bool = False,
     dropout: float = 0.0,
     shape: ModelConfig | None = None,
+    micro_batch: int | None = None,
     **options: Any,
 ) -> Engine:
-    """The engine of a run over the first devices; the global batch is the same on every mesh."""
+    """The engine of a run over the first devices; the global batch is the same on every mesh.
+
+    `micro_batch`: pairs of one of TRL's micro-batches; None: a step is one micro-batch on each device.
+    """
     devices = jax.devices()[: int(np.prod(mesh))]
     grid = make_mesh(*mesh, devices=devices)
-    per_device = pairs_per_step // row_shards(grid)
+    per_device = micro_batch or pairs_per_step // row_shards(grid)
     chosen: dict[str, Any] = {
         "learning_rate": 1e-3,
         "per_device_train_batch_size": per_device,
@@ -154,7 +158,7 @@ def engine_on(
     }
     config = DPOConfig("unused", **{**chosen, **options})
     moves = config.ref_model_sync_steps if config.sync_ref_model else 0
-    plan = Plan(train, per_device, row_shards(grid), steps, 1, 1, 0, sync_steps=moves)
+    plan = Plan(train, per_device, pairs_per_step // per_device, steps, 1, 1, 0, sync_steps=moves)
     pairing = pairing_of(shape or shape_of(), lora=lora, dropout=dropout)
     engine = Engine(config, pairing, pair_set(train), {None: pair_set(held_out, seed=1)}, plan)
     engine.__dict__["mesh"] = grid  # a part of the devices, where the run itself takes all

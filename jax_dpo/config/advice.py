@@ -244,8 +244,6 @@ _OTHER_OPTIMIZERS = (
 # (option, value in lower case) -> what to write instead.
 VALUE_ADVICE: dict[tuple[str, str], str] = {
     ("fp16", "true"): "float16 overflows in training; write bf16: true, or bf16: false for float32",
-    ("loss_type", "aot"): f"{_LATER}; it sorts the scores of a whole micro-batch",
-    ("loss_type", "aot_unpaired"): f"{_LATER}; it sorts the scores of a whole micro-batch",
     ("loss_type", "kto_pair"): "KTO is not a loss of pairs; bco_pair is the nearest",
     ("loss_type", "bco"): "write bco_pair",
     ("loss_type", "sppo"): "write sppo_hard",

@@ -300,7 +300,7 @@ class DPOConfig:
     beta: float = option(0.1, "How strongly the policy is held to the reference.", group="Loss", check=above(0))
     label_smoothing: float = option(
         0.0,
-        "Share of labels taken as wrong; read by robust and exo_pair.",
+        "Share of labels taken as wrong; read by robust, exo_pair, aot and aot_unpaired.",
         group="Loss",
         check=within(0, 1, open_high=True),
     )

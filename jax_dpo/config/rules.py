@@ -20,6 +20,8 @@ LOSS_TYPES = (
     "robust",
     "bco_pair",
     "sppo_hard",
+    "aot",
+    "aot_unpaired",
     "apo_zero",
     "apo_down",
     "discopop",
@@ -34,7 +36,7 @@ DROP_REASONS = ("invalid", "empty", "identical", "duplicate", "small_gap")
 # Losses whose scores go through the f-divergence; the others take the plain log-ratios.
 _WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 # Losses that read label_smoothing.
-_WITH_SMOOTHING = {"robust", "exo_pair"}
+_WITH_SMOOTHING = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
 # What lr_scheduler_kwargs may hold for each schedule.
 _SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
@@ -116,7 +118,7 @@ def _divergence(kind: str, losses: list[str]) -> str | None:
 
 
 def _weighting(on: bool, losses: list[str]) -> str | None:
-    without = [loss for loss in losses if loss == "sft"]
+    without = [loss for loss in losses if loss in ("sft", "aot", "aot_unpaired")]
     if not on or not without:
         return None
     return f"found true, expected false with loss_type {', '.join(without)}, which is no value of single pairs"

@@ -44,6 +44,8 @@ class Batch(NamedTuple):
     """[R, K] float32 the token's share of the `sft` term, where the loss has one."""
     ref_logps: Any = None
     """[R, S, 2] float32 the reference's log-probabilities of both answers, where they were computed before training."""
+    group: Any = None
+    """[R, S, 2] int32 TRL's micro-batch in the step and the pair's place in it, where a loss mixes its pairs; -1 in an empty slot."""
 
 
 class Tree(NamedTuple):
@@ -61,7 +63,9 @@ def tree_tokens(tree: Tree) -> int:
     return prompts + len(tree.chosen) + len(tree.rejected)
 
 
-def empty_batch(rows: int, shape: RowShape, *, token_weight: bool = False, sft: bool = False) -> Batch:
+def empty_batch(
+    rows: int, shape: RowShape, *, token_weight: bool = False, sft: bool = False, group: bool = False
+) -> Batch:
     """Rows of nothing but padding."""
     R, T, K, S = rows, shape.row_tokens, shape.row_scored, shape.row_pairs
     ints = lambda *axes: np.zeros(axes, np.int32)  # noqa: E731
@@ -78,6 +82,7 @@ def empty_batch(rows: int, shape: RowShape, *, token_weight: bool = False, sft: 
         index=np.full((R, S), -1, np.int32),
         token_weight=np.zeros((R, K), np.float32) if token_weight else None,
         sft_weight=np.zeros((R, K), np.float32) if sft else None,
+        group=np.full((R, S, 2), -1, np.int32) if group else None,
     )
 
 
@@ -113,7 +118,7 @@ class _Row:
         self.scored += len(target)
         return here
 
-    def add(self, tree: Tree, index: int, weight: float, sft_weight: float, ld_alpha: float | None) -> None:
+    def add(self, tree: Tree, placed: Placed, ld_alpha: float | None) -> None:
         """Lays out one pair; with prompts of their own, both sides are trees of one branch and share only the slot."""
         b, r = self.batch, self.row
         shorter = min(len(tree.chosen), len(tree.rejected))
@@ -132,9 +137,11 @@ class _Row:
                 place = np.arange(len(answer) - (here.stop - here.start), len(answer))
                 b.token_weight[r, here] = np.where(place < shorter, 1.0, ld_alpha if ld_alpha is not None else 1.0)
             if b.sft_weight is not None and side == 0:
-                b.sft_weight[r, here] = sft_weight
-        b.weight[r, self.slots] = weight
-        b.index[r, self.slots] = index
+                b.sft_weight[r, here] = placed.sft_weight
+        b.weight[r, self.slots] = placed.weight
+        b.index[r, self.slots] = placed.pair
+        if b.group is not None:
+            b.group[r, self.slots] = placed.group, placed.place
         self.slots += 1
 
 
@@ -145,11 +152,14 @@ def with_ref_logps(batch: Batch, logps: np.ndarray) -> Batch:
 
 
 class Placed(NamedTuple):
-    """A pair and its shares of the step: of the loss, and of the `sft` term for each of its chosen tokens."""
+    """A pair, its shares of the step (of the loss, and of the `sft` term for each of its chosen tokens), and its place in TRL's
+    micro-batches of the step."""
 
     pair: int
     weight: float
     sft_weight: float = 0.0
+    group: int = 0
+    place: int = 0
 
 
 def fill_rows(
@@ -159,4 +169,4 @@ def fill_rows(
     for r, placed in enumerate(rows):
         row = _Row(batch, first_row + r)
         for p in placed:
-            row.add(trees(p.pair), p.pair, p.weight, p.sft_weight, ld_alpha)
+            row.add(trees(p.pair), p, ld_alpha)

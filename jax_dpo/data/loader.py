@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from jax_dpo.data.batch import Batch, Placed, Tree, empty_batch, fill_rows
-from jax_dpo.data.pack import RowShape, Sizes, micro_batches, pack, row_fill
+from jax_dpo.data.pack import Rows, RowShape, Sizes, layout, pack, row_fill
 
 
 class PairSource(Protocol):
@@ -29,7 +29,8 @@ class Feed:
     """What is fixed about the batches of a run.
 
     `first_row` and `last_row` are the rows of a micro-batch (of `shape.rows * row_shards` in all) that this process fills;
-    `most` is the number of micro-batches that every step's arrays have room for.
+    `most` is the number of micro-batches that every step's arrays have room for. `whole_groups`: the pairs of each of TRL's
+    micro-batches lie in one micro-batch here, for losses that mix them.
     """
 
     shape: RowShape
@@ -39,6 +40,7 @@ class Feed:
     most: int
     ld_alpha: float | None = None
     sft: bool = False
+    whole_groups: bool = False
 
     @property
     def rows(self) -> int:
@@ -68,26 +70,33 @@ def shares(groups: Sequence[np.ndarray], chosen_scored: Callable[[int], int] | N
     The `sft` term is a mean over the chosen tokens of the micro-batch in place of its pairs.
     """
     placed: list[Placed] = []
-    for group in groups:
+    for number, group in enumerate(groups):
         share = 1.0 / (len(groups) * len(group))
         sft = 0.0
         if chosen_scored is not None:
             sft = 1.0 / (len(groups) * max(sum(chosen_scored(int(i)) for i in group), 1))
-        placed += [Placed(int(i), share, sft) for i in group]
+        placed += [Placed(int(i), share, sft, number, place) for place, i in enumerate(group)]
     return placed
 
 
-def _arrays(source: PairSource, placed: Sequence[Placed], rows: list[list[int]], feed: Feed, most: int) -> Batch:
-    """Packed rows as [most, this process's rows, ...] arrays."""
+def _arrays(source: PairSource, placed: Sequence[Placed], parts: list[Rows], feed: Feed, most: int) -> Batch:
+    """The rows of each micro-batch as [most, this process's rows, ...] arrays."""
     mine = feed.last_row - feed.first_row
-    parts = []
+    kinds = {"token_weight": feed.ld_alpha is not None, "sft": feed.sft, "group": feed.whole_groups}
+    filled = []
     for a in range(most):
-        part = empty_batch(mine, feed.shape, token_weight=feed.ld_alpha is not None, sft=feed.sft)
-        these = rows[a * feed.rows + feed.first_row : a * feed.rows + min(feed.last_row, feed.rows)]
+        part = empty_batch(mine, feed.shape, **kinds)
+        these = parts[a][feed.first_row : feed.last_row] if a < len(parts) else []
         fill_rows(part, 0, [[placed[i] for i in row] for row in these], source.tree, feed.ld_alpha)
-        parts.append(part)
-    stacked = (None if xs[0] is None else np.stack(xs) for xs in zip(*parts, strict=True))
+        filled.append(part)
+    stacked = (None if xs[0] is None else np.stack(xs) for xs in zip(*filled, strict=True))
     return Batch(*stacked)
+
+
+def places(groups: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Positions of each group's pairs in the step."""
+    ends = np.cumsum([len(group) for group in groups])
+    return [np.arange(end - len(group), end) for end, group in zip(ends, groups)]
 
 
 def step_batch(
@@ -106,16 +115,16 @@ def step_batch(
     """
     placed = shares(groups, (lambda i: int(chosen_scored[i])) if feed.sft else None)
     pairs = np.array([p.pair for p in placed])
-    rows = pack(Sizes(sizes.tokens[pairs], sizes.scored[pairs]), feed.shape)
-    count = micro_batches(len(rows), feed.shape, feed.row_shards)
+    together = places(groups) if feed.whole_groups else None
+    parts = layout(Sizes(sizes.tokens[pairs], sizes.scored[pairs]), feed.shape, feed.row_shards, together)
     tokens = int(sizes.tokens[pairs].sum())
     return StepBatch(
-        batch=_arrays(source, placed, rows, feed, feed.most),
-        micro_batches=count,
+        batch=_arrays(source, placed, parts, feed, feed.most),
+        micro_batches=len(parts),
         pairs=pairs,
         tokens=tokens,
         trl_tokens=int(trl_tokens[pairs].sum()),
-        fill=row_fill(tokens, count, feed.shape, feed.row_shards),
+        fill=row_fill(tokens, len(parts), feed.shape, feed.row_shards),
     )
 
 
@@ -124,7 +133,7 @@ def evaluation_batches(source: PairSource, sizes: Sizes, feed: Feed) -> Iterator
     rows = pack(sizes, feed.shape)
     placed = [Placed(i, 1.0) for i in range(len(sizes.tokens))]
     for start in range(0, len(rows), feed.rows):
-        batch = _arrays(source, placed, rows[start : start + feed.rows], feed, 1)
+        batch = _arrays(source, placed, [rows[start : start + feed.rows]], feed, 1)
         yield Batch(*(None if x is None else x[0] for x in batch))
 
 

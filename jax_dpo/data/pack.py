@@ -78,6 +78,46 @@ def pack(sizes: Sizes, shape: RowShape) -> list[list[int]]:
     return rows
 
 
+Rows = list[list[int]]
+
+
+def layout(sizes: Sizes, shape: RowShape, row_shards: int, groups: Sequence[np.ndarray] | None = None) -> list[Rows]:
+    """The rows of each micro-batch: as few as the trees need, and at least one.
+
+    Args:
+      groups: positions in `sizes` that must lie in one and the same micro-batch; None where any may lie anywhere.
+
+    Raises:
+      ValueError: a tree that no row can hold, or a group that no micro-batch can hold.
+    """
+    room = shape.rows * row_shards
+    if groups is None:
+        rows = pack(sizes, shape)
+        return [rows[at : at + room] for at in range(0, max(len(rows), 1), room)]
+    found: list[Rows] = []
+    held: list[int] = []
+    for group in groups:
+        together = [*held, *group.tolist()]
+        rows = _pack_some(sizes, together, shape)
+        if held and len(rows) > room:
+            together = group.tolist()
+            rows = _pack_some(sizes, together, shape)
+            found.append(rows)
+        elif found:
+            found[-1] = rows
+        else:
+            found.append(rows)
+        if len(rows) > room:
+            raise ValueError(f"a group of {len(group)} trees takes {len(rows)} rows, and a micro-batch has {room}")
+        held = together
+    return found or [[]]
+
+
+def _pack_some(sizes: Sizes, which: list[int], shape: RowShape) -> Rows:
+    rows = pack(Sizes(sizes.tokens[which], sizes.scored[which]), shape)
+    return [[which[i] for i in row] for row in rows]
+
+
 def micro_batches(rows: int, shape: RowShape, row_shards: int) -> int:
     """How many micro-batches `rows` packed rows need (at least one)."""
     return max(1, -(-rows // (shape.rows * row_shards)))
@@ -110,6 +150,7 @@ def choose_shape(
     micro_batch_tokens: int,
     cost: Cost,
     granule: int = 128,
+    least_rows: int = 1,
 ) -> RowShape:
     """The cheapest shape for the given steps of a run.
 
@@ -120,21 +161,22 @@ def choose_shape(
       whole: sizes of all pairs, evaluation included.
       steps: for some optimizer steps, the pairs of each (positions in `whole`).
       row_shards: number of data-parallel devices.
-      micro_batch_tokens: how many tokens a micro-batch may hold on one device (one row always may).
+      micro_batch_tokens: how many tokens a micro-batch may hold on one device (`least_rows` rows always may).
+      least_rows: fewest rows of a micro-batch on one device.
     """
     shortest = _round_up(max(int(whole.tokens.max(initial=1)), 1), granule)
     samples = [Sizes(whole.tokens[s], whole.scored[s]) for s in steps]
     least = int(whole.scored.max(initial=1))
     best: tuple[float, RowShape] | None = None
     for T in range(shortest, max(4 * shortest, 1024) + 1, granule):
-        if shortest < T and micro_batch_tokens < T:
+        if shortest < T and micro_batch_tokens < T * least_rows:
             break
         K, S = _best_scored(samples, whole, T)
         for scored in sorted({max(least, _round_up(int(K * share), 8)) for share in (1.0, 0.9, 0.8)}):
             most = max(
                 1, -(-len(pack(max(samples, key=lambda s: s.tokens.sum()), RowShape(T, scored, S, 1))) // row_shards)
             )
-            for rows in _row_counts(most, max(1, micro_batch_tokens // T)):
+            for rows in _row_counts(most, max(least_rows, micro_batch_tokens // T), least_rows):
                 shape = RowShape(T, scored, S, rows)
                 price = cost.of(shape, _mean_micro_batches(samples, shape, row_shards))
                 if best is None or price < best[0] * 0.999:
@@ -145,9 +187,9 @@ def choose_shape(
     return best[1]
 
 
-def _row_counts(needed: int, allowed: int) -> list[int]:
+def _row_counts(needed: int, allowed: int, least: int) -> list[int]:
     """Row counts worth trying: what a whole step needs, and its parts."""
-    counts = {min(allowed, max(1, -(-needed // parts))) for parts in range(1, 9)} | {min(allowed, 1)}
+    counts = {min(allowed, max(least, -(-needed // parts))) for parts in range(1, 9)} | {least}
     return sorted(counts, reverse=True)
 
 

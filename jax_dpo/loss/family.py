@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_dpo.loss.aot import AOT_TYPES, aot_losses
 from jax_dpo.loss.divergence import DIVERGENCES
 from jax_dpo.loss.scores import CHOSEN, REJECTED, PairSums
 
@@ -32,6 +33,11 @@ class LossOptions:
     discopop_tau: float = 0.05
     use_weighting: bool = False
     kl_reduction: str = "token"
+
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether a term needs all pairs of one of TRL's micro-batches together."""
+        return any(name in AOT_TYPES for name in self.types)
 
 
 class Scores(NamedTuple):
@@ -159,7 +165,7 @@ def pair_loss(
 ) -> jax.Array:
     """The loss of each pair, [R, S]: the weighted terms with their KL penalty.
 
-    `sft` is no loss of a pair but of the chosen tokens of a micro-batch: only its penalty is here, the step adds the term itself.
+    `sft` and `aot*` are no losses of a pair but of a micro-batch: only their penalty is here, `mixed_loss` and the step add the rest.
 
     Args:
       sums: see `scores.pair_sums`.
@@ -177,7 +183,7 @@ def pair_loss(
     inside = plain._replace(u=u - down, v=v + up, a=a - down, b=b + up)
     total = jnp.zeros_like(a)
     for name, weight in zip(options.types, options.weights):
-        if name == "sft":
+        if name == "sft" or name in AOT_TYPES:
             total = total + weight * beta * (down + up)
             continue
         family = FAMILIES[name]
@@ -192,4 +198,18 @@ def pair_loss(
     if options.use_weighting:
         mean = jax.lax.stop_gradient(sums.wpo / jnp.maximum(sums.tokens, 1.0))
         total = total * jnp.exp(mean[..., CHOSEN] + mean[..., REJECTED])
+    return total
+
+
+def mixed_loss(sums: PairSums, group: jax.Array, weight: jax.Array, beta: jax.Array, options: LossOptions) -> jax.Array:
+    """What the `aot*` terms add to the loss: a scalar, each group's mean with its share.
+
+    Args:
+      sums, group, weight: see `aot.aot_losses`; `weight` is each pair's share of the loss.
+    """
+    total = jnp.zeros((), jnp.float32)
+    for name, share in zip(options.types, options.weights):
+        if name in AOT_TYPES:
+            losses, weights = aot_losses(name, sums, group, weight, beta, options.label_smoothing)
+            total = total + share * jnp.sum(jnp.where(weights > 0, weights * losses, 0.0))
     return total

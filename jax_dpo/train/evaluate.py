@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jax_dpo.arrays import Tree
 from jax_dpo.data.batch import Batch
-from jax_dpo.loss.family import LossOptions
+from jax_dpo.loss.family import LossOptions, mixed_loss
 from jax_dpo.loss.scores import CHOSEN, PairSums
 from jax_dpo.train import metrics
 from jax_dpo.train.state import Frozen, Knobs
@@ -24,7 +25,7 @@ Evaluator = Callable[[Tree, Frozen, Batch, Knobs], tuple[Any, PairSums]]
 class EvalSet:
     """A held-out set: its name (None where it is the only one), its pairs' number and its batches on the devices, anew each time.
 
-    `group` pairs are one of TRL's evaluation batches, over which the `sft` term is a mean.
+    `group` pairs are one of TRL's evaluation batches, over which the `sft` term is a mean and in which `aot*` sorts.
     """
 
     name: str | None
@@ -43,7 +44,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of a held-out set under `eval_` (and the set's name), with `runtime` and speed.
 
-    The loss is the mean over pairs; the `sft` term of a pair is the mean over the chosen tokens of its evaluation batch.
+    The loss is the mean over pairs; the `sft` term of a pair is the mean over the chosen tokens of its evaluation batch, and `aot*`
+    sorts within that batch.
     """
     began = time.perf_counter()
     seen: list[tuple[np.ndarray, np.ndarray, PairSums]] = []
@@ -59,6 +61,12 @@ def evaluate(
         which = np.arange(len(loss)) // held_out.group
         logp, tokens = (np.bincount(which, x[:, CHOSEN].astype(np.float64)) for x in (sums.logp, sums.tokens))
         loss = loss - share * (logp / np.maximum(tokens, 1.0))[which]
+    if options.mixes_pairs:
+        place = np.arange(len(loss))
+        group = np.stack([place // held_out.group, place % held_out.group], axis=-1)
+        one_row = PairSums(*(None if x is None else jnp.asarray(x)[None] for x in sums))
+        total = mixed_loss(one_row, jnp.asarray(group)[None], jnp.ones((1, len(loss))), knobs.beta, options)
+        loss = loss + float(total) / len(loss)
     found = metrics.evaluation(loss.astype(np.float64), sums, float(knobs.beta))
     seconds = time.perf_counter() - began
     found |= {"runtime": seconds, "samples_per_second": held_out.pairs / seconds}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_dpo.errors import UserError
-from jax_dpo.loss.family import LossOptions, pair_loss
+from jax_dpo.loss.family import LossOptions, mixed_loss, pair_loss
 from jax_dpo.loss.scores import PairSums
 
 # Nats a token that rounding may leave on any device.
@@ -21,6 +21,10 @@ def loss_at_start(options: LossOptions, beta: float) -> float | None:
         return None
     nothing = PairSums(*(jnp.zeros((1, 1, 2)) for _ in PairSums._fields))
     value = pair_loss(nothing, jnp.ones((1, 1, 2), jnp.int32), jnp.float32(beta), jnp.float32(0), options)
+    if options.mixes_pairs:  # a pair that is sorted alone
+        value = value + mixed_loss(
+            nothing, jnp.zeros((1, 1, 2), jnp.int32), jnp.ones((1, 1)), jnp.float32(beta), options
+        )
     return float(value[0, 0])
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jax_dpo.arrays import Tree, overlay
 from jax_dpo.data.batch import BRANCHES, Batch
-from jax_dpo.loss.family import LossOptions, pair_loss
+from jax_dpo.loss.family import LossOptions, mixed_loss, pair_loss
 from jax_dpo.loss.scores import PairSums, pair_sums
 from jax_dpo.models.config import ModelConfig
 from jax_dpo.models.decoder import cast_for_compute, hidden_states, unembedding
@@ -115,6 +115,8 @@ def micro_batch_loss(
     if batch.sft_weight is not None:
         share = dict(zip(options.types, options.weights))["sft"]
         loss = loss - share * jnp.sum(batch.sft_weight * stats.logp)
+    if options.mixes_pairs:
+        loss = loss + mixed_loss(sums, batch.group, batch.weight, knobs.beta, options)
     return loss, step_sums(loss, sums, batch.weight, knobs.beta)
 
 
@@ -206,7 +208,7 @@ def make_evaluation(
 ) -> Callable[[Tree, Frozen, Batch, Knobs], tuple[jax.Array, PairSums]]:
     """The jitted evaluation of one batch [R, ...]: loss of each pair [R, S] and its sums [R, S, 2], on every process.
 
-    Without the `sft` term, which is a mean over the chosen tokens of several pairs: `evaluate` adds it.
+    Without the terms of `sft` and `aot*`, which are of several pairs: `evaluate` adds them.
     """
 
     def evaluate(params: Tree, frozen: Frozen, batch: Batch, knobs: Knobs) -> tuple[jax.Array, PairSums]:

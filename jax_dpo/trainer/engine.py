@@ -14,9 +14,10 @@ import optax
 
 from jax_dpo.config import DPOConfig
 from jax_dpo.data.batch import Batch, with_ref_logps
-from jax_dpo.data.loader import Feed, StepBatch, evaluation_batches, step_batch
+from jax_dpo.data.loader import Feed, StepBatch, evaluation_batches, places, step_batch
 from jax_dpo.data.order import Position, pairs_at
-from jax_dpo.data.pack import RowShape, Sizes, choose_shape, micro_batches, pack
+from jax_dpo.data.pack import RowShape, Sizes, choose_shape, layout, micro_batches
+from jax_dpo.errors import UserError
 from jax_dpo.loss.family import LossOptions
 from jax_dpo.ops.attention.api import choose
 from jax_dpo.plan.lowered import abstract_params, abstract_state
@@ -183,22 +184,43 @@ class Engine:
             micro_batch_tokens=budget,
             cost=cost_of(self.work, jax.default_backend()),
             granule=granule(c.pad_to_multiple_of),
+            least_rows=self._least_rows(shards) if train is not None else 1,
         )
+        if train is not None:
+            self._check_room(shape)
         rows = shape.rows * shards
         first, last = row_range(self.mesh, rows)
         most = self._most_micro_batches(shape, shards, train, plan)
-        return Feed(shape, shards, first, last, most, c.ld_alpha, "sft" in self.options.types)
+        return Feed(shape, shards, first, last, most, c.ld_alpha, "sft" in self.options.types, self.options.mixes_pairs)
+
+    def _least_rows(self, shards: int) -> int:
+        """Rows that hold any one of TRL's micro-batches, a pair to a row at worst, where the loss mixes its pairs."""
+        return -(-self.config.per_device_train_batch_size // shards) if self.options.mixes_pairs else 1
+
+    def _check_room(self, shape: RowShape) -> None:
+        """Raises UserError where `micro_batch_tokens` leaves no room for one of TRL's micro-batches that a loss needs whole."""
+        c, tokens = self.config, shape.rows * shape.row_tokens
+        if self.options.mixes_pairs and c.micro_batch_tokens is not None and tokens > c.micro_batch_tokens:
+            raise UserError(
+                "micro-batch-tokens-small",
+                f"micro_batch_tokens {c.micro_batch_tokens}: loss_type {', '.join(c.loss_type)} sorts the "
+                f"{c.per_device_train_batch_size} pairs of per_device_train_batch_size together, which takes up to {tokens} tokens at a "
+                f"time. Set it to {tokens}, or lower per_device_train_batch_size.",
+            )
 
     def _most_micro_batches(self, shape: RowShape, shards: int, train: PairSet | None, plan: Plan | None) -> int:
         if train is None or plan is None:
             return 1
         if plan.total * plan.pairs_per_step > COUNTED_PAIRS:
+            if self.options.mixes_pairs:
+                return plan.accumulation
             return micro_batches(min(plan.pairs_per_step, len(train)), shape, shards)
         most = 1
         for k in range(plan.total):
-            pairs = np.concatenate(self.groups(plan.after(k)))
-            rows = pack(Sizes(train.sizes.tokens[pairs], train.sizes.scored[pairs]), shape)
-            most = max(most, micro_batches(len(rows), shape, shards))
+            groups = self.groups(plan.after(k))
+            pairs = np.concatenate(groups)
+            sizes = Sizes(train.sizes.tokens[pairs], train.sizes.scored[pairs])
+            most = max(most, len(layout(sizes, shape, shards, places(groups) if self.options.mixes_pairs else None)))
         return most
 
     @cached_property
@@ -246,7 +268,7 @@ class Engine:
             feed = self.feed_of(data)
 
         def batches() -> Iterator[Batch]:
-            for batch in evaluation_batches(data, data.sizes, replace(feed, sft=False)):
+            for batch in evaluation_batches(data, data.sizes, replace(feed, sft=False, whole_groups=False)):
                 yield batch_to_devices(batch, self.mesh, feed.rows, leading=0)
 
         return EvalSet(name, len(data), batches, self.config.per_device_eval_batch_size)

@@ -7,7 +7,7 @@ import pytest
 
 from jax_dpo.data.batch import Placed, Tree, empty_batch, fill_rows, tree_tokens
 from jax_dpo.data.loader import Feed, evaluation_batches, prefetch, shares, step_batch
-from jax_dpo.data.pack import Cost, RowShape, Sizes, choose_shape, micro_batches, pack, row_fill
+from jax_dpo.data.pack import Cost, RowShape, Sizes, choose_shape, layout, micro_batches, pack, row_fill
 
 COST = Cost(token=1.0, attention=1e-3, scored=0.5, micro_batch=64.0)
 
@@ -143,3 +143,37 @@ def test_prefetch_keeps_order_raises_and_ends() -> None:
     endless = prefetch(iter(int, 1))
     next(endless)
     endless.close()
+
+
+def test_groups_are_kept_whole() -> None:
+    """Every group lies in one micro-batch, every tree once, and no micro-batch has more rows than there are."""
+    rng = np.random.default_rng(5)
+    sizes = Sizes(rng.integers(20, 100, 41), rng.integers(5, 20, 41))
+    groups = [np.arange(at, min(at + 4, 41)) for at in range(0, 41, 4)]
+    shape = RowShape(128, 40, 8, 2)
+    parts = layout(sizes, shape, 2, groups)
+    assert all(len(rows) <= 4 for rows in parts)
+    held = [sorted(i for row in rows for i in row) for rows in parts]
+    assert sorted(i for some in held for i in some) == list(range(41))
+    assert all(any(set(group.tolist()) <= set(some) for some in held) for group in groups)
+    assert len(layout(sizes, shape, 2)) <= len(parts) < len(groups), "several groups share a micro-batch where they fit"
+    with pytest.raises(ValueError, match="a group of 4 trees"):
+        layout(sizes, RowShape(128, 40, 8, 1), 1, groups)
+
+
+def test_rows_for_the_largest_group() -> None:
+    sizes = Sizes(np.full(64, 100), np.full(64, 20))
+    steps = [np.arange(16)]
+    shape = choose_shape(sizes, steps, row_shards=2, micro_batch_tokens=128, cost=COST, least_rows=4)
+    assert shape.rows >= 4
+
+
+def test_a_pair_carries_its_group_and_its_place_in_it() -> None:
+    groups = [np.array([2, 0]), np.array([1])]
+    counts = np.array([11, 5, 6]), np.array([2, 2, 1])
+    made = Feed(RowShape(8, 6, 2, 2), row_shards=1, first_row=0, last_row=2, most=2, whole_groups=True)
+    batch = step_batch(Source(), SIZES, *counts, groups, made).batch
+    assert batch.group is not None
+    at = {int(i): g.tolist() for i, g in zip(batch.index.reshape(-1), batch.group.reshape(-1, 2)) if i >= 0}
+    assert at == {2: [0, 0], 0: [0, 1], 1: [1, 0]}
+    assert (batch.group[batch.index < 0] == -1).all()

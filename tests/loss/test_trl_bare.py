@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jax_dpo.loss.family import FAMILIES, LossOptions, pair_loss
+from jax_dpo.config.rules import LOSS_TYPES
+from jax_dpo.loss.aot import AOT_TYPES
+from jax_dpo.loss.family import FAMILIES, LossOptions, mixed_loss, pair_loss
 from jax_dpo.loss.scores import PairSums
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
@@ -25,8 +27,12 @@ def types_of(given: dict[str, Any]) -> tuple[str, ...]:
     return (kind,) if isinstance(kind, str) else tuple(kind)
 
 
-# Where every pair stands alone; aot sorts pairs and sft pools their tokens.
+# Where every pair stands alone, and where all eleven are one of TRL's micro-batches: aot sorts them. sft pools tokens, which are not here.
 CASES = [c for c in BARE["cases"] if c["key"].startswith("single|") and set(types_of(c["options"])) <= set(FAMILIES)]
+
+TOGETHER = [
+    c for c in BARE["cases"] if c["key"].startswith("together|") and set(types_of(c["options"])) <= set(AOT_TYPES)
+]
 
 
 def options_of(given: dict[str, Any]) -> LossOptions:
@@ -65,3 +71,34 @@ def test_losses_and_their_derivatives_are_trls(case: dict[str, Any]) -> None:
         assert finite.all() or f"{case['key']}|{name}" in BARE["not_finite"]
         far = np.abs(np.asarray(found)[finite] - want[finite]) / np.maximum(1, np.abs(want[finite]))
         assert far.max() < 1e-4, (name, far)
+
+
+@pytest.mark.parametrize("case", TOGETHER, ids=lambda c: c["key"].removeprefix("together|loss_type="))
+def test_sorted_losses_and_their_derivatives_are_trls(case: dict[str, Any]) -> None:
+    given = case["options"]
+    logp, ref = sides("policy_chosen_logps", "policy_rejected_logps"), sides("ref_chosen_logps", "ref_rejected_logps")
+    n = logp.shape[1]
+    # Laid out in another order than TRL's, with an empty slot and a second group of the same pairs between them.
+    slots = np.random.default_rng(0).permutation(2 * n + 1)
+    pair, which = slots % n, np.where(slots == 2 * n, -1, slots // n)
+    group = jnp.asarray(np.stack([which, pair], -1)[None])
+    weight = jnp.asarray(np.where(which >= 0, 0.5 / n, 0.0)[None], jnp.float32)
+    beta = jnp.float32(given.get("beta", 0.1))
+
+    def of(logp: jax.Array) -> jax.Array:
+        zero = jnp.zeros((1, 2 * n + 1, 2))
+        sums = PairSums(logp[:, pair], ref[:, pair], zero, zero, zero, zero, zero, zero)
+        return mixed_loss(sums, group, weight, beta, options_of(given))
+
+    loss, by_logp = jax.value_and_grad(of)(logp)
+    found = {"loss": loss, "d_chosen": by_logp[0, :, 0], "d_rejected": by_logp[0, :, 1]}
+    for name, value in found.items():
+        want = np.asarray(ARRAYS[f"{case['key']}|{name}"]).squeeze()
+        assert np.isfinite(want).all()
+        far = np.abs(np.asarray(value) - want) / np.maximum(1, np.abs(want))
+        assert far.max() < 1e-4, (name, far)
+
+
+def test_every_loss_of_trl_is_held() -> None:
+    assert len(TOGETHER) >= 4
+    assert {*FAMILIES, *AOT_TYPES, "sft"} == set(LOSS_TYPES)

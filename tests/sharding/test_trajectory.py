@@ -73,6 +73,18 @@ def test_meshes_take_the_same_steps_with_an_adapter(mesh: tuple[int, int, int]) 
     check_same(found, on_one_device(True))
 
 
+def test_sorted_losses_do_not_depend_on_rows_and_devices() -> None:
+    """aot sorts within TRL's micro-batches of 4 pairs, wherever these lie: one at a time, several together, or spread over devices."""
+    sorts = {"loss_type": ["aot", "aot_unpaired"], "micro_batch": 4, "adam_epsilon": EPSILON}
+    want = tiny.run(tiny.engine_on(ONE, **sorts))
+    together = tiny.run(tiny.engine_on(ONE, **sorts, micro_batch_tokens=4096))
+    assert max(together.micro_batches) < min(want.micro_batches) == 4
+    check_same(together, want)
+    check_same(tiny.run(tiny.engine_on((2, 2, 2), **sorts)), want)
+    alone = tiny.run(tiny.engine_on(ONE, **{**sorts, "micro_batch": 16}))
+    assert abs(alone.losses[-1] - want.losses[-1]) > 1e-4, "other groups sort other pairs together"
+
+
 def test_meshes_move_the_reference_alike() -> None:
     """TR-DPO: the reference lies as the parameters do, and the steps after a move see the same one."""
     moving = {"sync_ref_model": True, "ref_model_sync_steps": 2, "adam_epsilon": EPSILON}

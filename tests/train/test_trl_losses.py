@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from jax_dpo.arrays import TokenStats
 from jax_dpo.arrays import Tree as Params
 from jax_dpo.data.batch import Batch
-from jax_dpo.loss.family import FAMILIES, LossOptions
+from jax_dpo.loss.family import LossOptions
 from jax_dpo.loss.scores import pair_sums
 from jax_dpo.train import step
 from jax_dpo.train.metrics import named
@@ -29,18 +29,12 @@ KL_ARRAYS = load_file(trl.GOLDEN / "kl" / "kl.safetensors")
 BATCHES = ("batch", "edge")
 
 
-def computable(case: dict[str, Any]) -> bool:
-    """aot sorts over a micro-batch; it is not one of the losses of single pairs."""
-    return set(case["options"]["loss_type"]) <= {*FAMILIES, "sft"}
-
-
 CASES = [
     pytest.param(
         name, key, marks=() if key in ("loss_type=sigmoid", "loss_type=sigmoid;ld_alpha=0.5") else pytest.mark.slow
     )
     for name, group in zip(BATCHES, ("cases", "edge_cases"))
-    for key, case in trl.LOSSES[group].items()
-    if computable(case)
+    for key in trl.LOSSES[group]
 ]
 
 
@@ -63,7 +57,7 @@ def loss_and_gradient(
 ) -> tuple[float, dict[str, float], Params]:
     """`micro_batch_loss` on given statistics, its gradient carried on to the weights: the model is compiled once for all losses."""
     _, stats, backward = statistics(name)
-    batch = trl.laid_out(trl.trees(name), ld_alpha=ld_alpha, sft="sft" in options.types)
+    batch = trl.laid_out(trl.trees(name), ld_alpha=ld_alpha, sft="sft" in options.types, group=options.mixes_pairs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "statistics", lambda facts, given, *_: given)
         of = lambda s: step.micro_batch_loss(trl.facts(), options, s, trl.frozen(), batch, knobs, None, None)  # type: ignore[arg-type] # noqa: E731

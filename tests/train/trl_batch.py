@@ -68,11 +68,11 @@ def trees(name: str, share_prompt: bool = True) -> list[Tree]:
     return found
 
 
-def laid_out(pairs: Sequence[Tree], *, ld_alpha: float | None = None, sft: bool = False) -> Batch:
+def laid_out(pairs: Sequence[Tree], *, ld_alpha: float | None = None, sft: bool = False, group: bool = False) -> Batch:
     """One of TRL's micro-batches as one row."""
     tokens = sum(tree_tokens(tree) for tree in pairs)
     shape = RowShape(-(-tokens // 64) * 64, -(-tokens // 8) * 8, len(pairs), 1)
-    batch = empty_batch(1, shape, token_weight=ld_alpha is not None, sft=sft)
+    batch = empty_batch(1, shape, token_weight=ld_alpha is not None, sft=sft, group=group)
     scored = lambda i: len(pairs[i].chosen) - (len(pairs[i].chosen_prompt) == 0)  # noqa: E731
     fill_rows(batch, 0, [shares([np.arange(len(pairs))], scored if sft else None)], pairs.__getitem__, ld_alpha)
     return Batch(*(None if x is None else jnp.asarray(x) for x in batch))
