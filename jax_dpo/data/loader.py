@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -129,7 +129,8 @@ def step_batch(
 
 
 def evaluation_batches(source: PairSource, sizes: Sizes, feed: Feed) -> Iterator[Batch]:
-    """Every pair once, in batches [rows of this process, ...] of the training shape; weight 1 each."""
+    """Every pair once, in batches [rows of this process, ...] of the training shape; weight 1 each, without what only a step needs."""
+    feed = replace(feed, sft=False, whole_groups=False)
     rows = pack(sizes, feed.shape)
     placed = [Placed(i, 1.0) for i in range(len(sizes.tokens))]
     for start in range(0, len(rows), feed.rows):

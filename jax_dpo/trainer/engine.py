@@ -268,7 +268,7 @@ class Engine:
             feed = self.feed_of(data)
 
         def batches() -> Iterator[Batch]:
-            for batch in evaluation_batches(data, data.sizes, replace(feed, sft=False, whole_groups=False)):
+            for batch in evaluation_batches(data, data.sizes, feed):
                 yield batch_to_devices(batch, self.mesh, feed.rows, leading=0)
 
         return EvalSet(name, len(data), batches, self.config.per_device_eval_batch_size)
