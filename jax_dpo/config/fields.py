@@ -13,13 +13,14 @@ import functools
 import inspect
 import json
 import math
+import operator
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from jax_dpo.errors import UserError
 
@@ -45,6 +46,48 @@ class Problem:
     option: str
     text: str
     unknown: bool = False
+
+
+class Advice(str):
+    """What to write instead of an option. Its values ask for nothing but what happens anyway, so they are taken; the first is in effect."""
+
+    values: tuple[Any, ...]
+
+    def __new__(cls, text: str, *values: Any) -> Self:
+        made = super().__new__(cls, text)
+        made.values = values
+        return made
+
+    @property
+    def hint(self) -> Any:
+        """The type by which a command line reads the option."""
+        kinds = {type(value) for value in self.values} - {types.NoneType}
+        given = [dict[str, Any] if kind is dict else list[str] if kind is list else kind for kind in kinds]
+        return functools.reduce(operator.or_, [*given, *([] if kinds == {bool} else [str]), types.NoneType])
+
+    def takes(self, value: Any) -> bool:
+        """Whether the value, or the text that stands for it, is one of those that ask for nothing."""
+        try:
+            clean = coerce(value, self.hint)
+        except Unreadable:
+            return False
+        return any(clean == known and type(clean) is type(known) for known in self.values)
+
+
+class SameAs(Advice):
+    """Another name of an option; unset, it says nothing."""
+
+    option: str
+    kind: Any
+
+    def __new__(cls, option: str, kind: Any) -> Self:
+        made = super().__new__(cls, f"write {option}", None)
+        made.option, made.kind = option, kind
+        return made
+
+    @property
+    def hint(self) -> Any:
+        return self.kind
 
 
 class Unreadable(ValueError):
@@ -263,6 +306,34 @@ def unknown_option(name: str, known: Iterable[str], advice: Mapping[str, str]) -
     close = nearest(name, known)
     words = f"did you mean {' or '.join(close)}?" if close else "--help lists all options"
     return Problem(name, f"there is no such option; {words}", unknown=True)
+
+
+def sort_out(
+    given: Mapping[str, Any], known: Collection[str], advice: Mapping[str, str]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """(the options among what was given, what is wrong with the other names).
+
+    `advice` answers names that are no options: a value that asks for nothing is left out of both, another name's goes to its option.
+    """
+    problems = []
+    options = {name: value for name, value in given.items() if name in known}
+    for name, value in given.items():
+        words = advice.get(name)
+        if name in known or (isinstance(words, Advice) and words.takes(value)):
+            continue
+        if isinstance(words, SameAs):
+            if options.setdefault(words.option, value) != value:
+                problems.append(
+                    Problem(
+                        name,
+                        f"found {show(value)}, but {words.option} {show(options[words.option])}; it is the same option",
+                    )
+                )
+        elif isinstance(words, Advice):
+            problems.append(Problem(name, f"found {show(value)}, which is not an option here: {words}", unknown=True))
+        else:
+            problems.append(unknown_option(name, known, advice))
+    return options, problems
 
 
 def read_value(

@@ -10,20 +10,21 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax_dpo.config.advice import ADVICE, PYTHON_ADVICE, VALUE_ADVICE
 from jax_dpo.config.fields import (
+    Advice,
     Check,
     Problem,
+    SameAs,
     above,
     at_least,
     count_or,
     default_of,
     option,
     read,
-    steps_or_share,
-    unknown_option,
+    sort_out,
     validated,
     within,
 )
@@ -33,11 +34,10 @@ from jax_dpo.config.rules import (
     KL_ACTIONS,
     KL_CONTROLLERS,
     LOSS_TYPES,
-    OPTIMIZERS,
-    SCHEDULERS,
     problems_between,
     warnings_of,
 )
+from jax_dpo.config.training import TrainingOptions
 
 _MULTIPLE = Check("a whole number of at least 1, auto or null", lambda value: value == "auto" or _is_count(value))
 
@@ -49,8 +49,8 @@ def _is_count(value: Any) -> bool:
 def check_config(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """(value of every option, everything that is wrong with what was given)."""
     known = [item.name for item in dataclasses.fields(cls)]
-    unknown = [unknown_option(name, known, ADVICE | PYTHON_ADVICE) for name in given if name not in known]
-    values, problems = check_values(cls, {name: value for name, value in given.items() if name in known})
+    options, unknown = sort_out(given, known, ADVICE | PYTHON_ADVICE)
+    values, problems = check_values(cls, options)
     return values, unknown + problems
 
 
@@ -83,7 +83,7 @@ def _scalar(text: str) -> Any:
 
 @validated(check_config)
 @dataclass(frozen=True)
-class DPOConfig:
+class DPOConfig(TrainingOptions):
     """The options of a run. Names, meanings and defaults are those of TRL 1.16's DPOConfig; the last two groups are jax_dpo's own.
 
     Raises one `UserError` that names every option that cannot be used: unknown names (with the nearest, or with what to write
@@ -91,171 +91,7 @@ class DPOConfig:
     listed by `warnings`.
     """
 
-    output_dir: str = option("trainer_output", "Directory that everything is written to.", group="Run")
     _: KW_ONLY
-    overwrite_output_dir: bool = option(False, "Delete the run that output_dir holds and start over.", group="Run")
-    resume_from_checkpoint: bool | str | None = option(
-        None,
-        "What to do with the run in output_dir: true goes on from its newest checkpoint, a path from that checkpoint, auto goes on "
-        "where there is an unfinished run of the same options and else starts; unset refuses a directory that holds a run.",
-        group="Run",
-    )
-    run_name: str | None = option(None, "Name of the run in reports.", group="Run")
-    seed: int = option(42, "Seed of everything random.", group="Run", check=within(0, 2**32 - 1))
-    data_seed: int | None = option(
-        None, "Seed of the order of the pairs; unset, that is seed.", group="Run", check=within(0, 2**32 - 1)
-    )
-
-    num_train_epochs: float = option(
-        3.0, "Times that the data are gone through; max_steps wins over it.", group="Steps and batches", check=above(0)
-    )
-    max_steps: int = option(
-        -1,
-        "Number of optimizer steps; -1: as many as num_train_epochs needs.",
-        group="Steps and batches",
-        check=count_or(-1, 0),
-    )
-    per_device_train_batch_size: int = option(
-        8, "Pairs of a micro-batch on one device.", group="Steps and batches", check=at_least(1)
-    )
-    per_device_eval_batch_size: int = option(
-        8, "Pairs of an evaluation batch on one device.", group="Steps and batches", check=at_least(1)
-    )
-    gradient_accumulation_steps: int = option(
-        1,
-        "Micro-batches of one optimizer step. A step takes per_device_train_batch_size * gradient_accumulation_steps * data-parallel "
-        "devices pairs.",
-        group="Steps and batches",
-        check=at_least(1),
-    )
-    train_sampling_strategy: str = option(
-        "random",
-        "Order of the pairs: random (new in each epoch, TRL's order for the same seed) or sequential (the file's own order).",
-        group="Steps and batches",
-        choices=("random", "sequential"),
-    )
-
-    learning_rate: float = option(
-        1e-6, "Peak learning rate. Around 1e-5 for LoRA.", group="Optimizer", check=at_least(0)
-    )
-    lr_scheduler_type: str = option(
-        "linear", "How the rate falls after the warm-up.", group="Optimizer", choices=SCHEDULERS
-    )
-    lr_scheduler_kwargs: dict[str, Any] | None = option(
-        None, "Options of the schedule, as JSON: '{\"min_lr_rate\": 0.1}' for cosine_with_min_lr.", group="Optimizer"
-    )
-    warmup_steps: int | float = option(
-        0,
-        "Steps in which the rate rises from 0; below 1, the share of all steps.",
-        group="Optimizer",
-        check=steps_or_share(zero=True),
-    )
-    optim: str = option(
-        "adamw_torch_fused",
-        "Optimizer: AdamW by torch's formula (both names mean it), Adafactor with factored second moments as transformers runs it, "
-        "Lion, or torch's SGD.",
-        group="Optimizer",
-        choices=OPTIMIZERS,
-    )
-    optim_args: dict[str, Any] | None = option(
-        None,
-        'Options of the optimizer, as "momentum=0.9,nesterov=true" or JSON: momentum, dampening and nesterov of sgd.',
-        group="Optimizer",
-    )
-    weight_decay: float = option(
-        0.0,
-        "Decay of the weights; biases and norm weights are not decayed. Apart from the gradient, but for sgd, as in torch.",
-        group="Optimizer",
-        check=at_least(0),
-    )
-    adam_beta1: float = option(
-        0.9, "First moment's decay (AdamW, Lion).", group="Optimizer", check=within(0, 1, open_high=True)
-    )
-    adam_beta2: float = option(
-        0.999,
-        "Second moment's decay (AdamW); Lion's momentum's.",
-        group="Optimizer",
-        check=within(0, 1, open_high=True),
-    )
-    adam_epsilon: float = option(
-        1e-8, "Added to the root of the second moment (AdamW).", group="Optimizer", check=at_least(0)
-    )
-    max_grad_norm: float = option(
-        1.0, "Gradients are scaled down to this norm; 0 does not clip.", group="Optimizer", check=at_least(0)
-    )
-
-    bf16: bool | None = option(
-        None,
-        "Compute in bfloat16 with float32 weights; false is float32 throughout; unset, bfloat16 on a TPU or GPU and float32 on a CPU.",
-        group="Precision and memory",
-    )
-    fp16: bool = option(False, "Not supported: write bf16.", group="Precision and memory")
-    gradient_checkpointing: bool = option(
-        True, "Recompute each layer in the backward pass: less memory, a third more time.", group="Precision and memory"
-    )
-    micro_batch_tokens: int | None = option(
-        None,
-        "Most tokens that one device works on at a time; unset, those of per_device_train_batch_size pairs. Lowers memory and changes "
-        "no result.",
-        group="Precision and memory",
-        check=at_least(1),
-    )
-    share_prompt: bool = option(
-        True,
-        "Compute the prompt of a pair once for both answers; false gives each answer its own copy.",
-        group="Precision and memory",
-    )
-
-    eval_strategy: str = option(
-        "no", "When held-out pairs are evaluated.", group="Evaluation", choices=("no", "steps", "epoch")
-    )
-    eval_steps: int | float | None = option(
-        None,
-        "Steps between evaluations; below 1, the share of all steps; unset, logging_steps.",
-        group="Evaluation",
-        check=steps_or_share(),
-    )
-    eval_on_start: bool = option(False, "Evaluate before the first step too.", group="Evaluation")
-    generate_samples: int = option(
-        0,
-        "Number of held-out prompts that the reference and the policy answer at the end, side by side.",
-        group="Evaluation",
-        check=at_least(0),
-    )
-
-    save_strategy: str = option(
-        "steps", "When a checkpoint is saved.", group="Checkpoints", choices=("no", "steps", "epoch")
-    )
-    save_steps: int | float = option(
-        500, "Steps between checkpoints; below 1, the share of all steps.", group="Checkpoints", check=steps_or_share()
-    )
-    save_total_limit: int | None = option(
-        None, "Most checkpoints that are kept; the best one always is.", group="Checkpoints", check=at_least(1)
-    )
-    metric_for_best_model: str | None = option(
-        None,
-        "Metric that ranks checkpoints, such as loss or rewards/accuracies; unset, the reward margin of those whose KL is within "
-        "target_kl.",
-        group="Checkpoints",
-    )
-    greater_is_better: bool | None = option(
-        None, "Whether a larger metric is better; unset, so unless its name ends in loss.", group="Checkpoints"
-    )
-    load_best_model_at_end: bool = option(
-        False, "Go back to the best checkpoint when the training ends.", group="Checkpoints"
-    )
-
-    logging_steps: int | float = option(
-        10, "Steps between log lines; below 1, the share of all steps.", group="Logging", check=steps_or_share()
-    )
-    logging_first_step: bool = option(False, "Log the first step too.", group="Logging")
-    report_to: str | list[str] = option(
-        "none",
-        "Where curves are written beside run.jsonl; all is each that is installed.",
-        group="Logging",
-        choices=("none", "tensorboard", "wandb", "all"),
-    )
-
     max_length: int | None = option(
         1024, "Most tokens of prompt and one answer; null does not cut.", group="Data", check=at_least(1)
     )
@@ -433,6 +269,17 @@ class DPOConfig:
         """{option: value} of the options that differ from their defaults."""
         defaults = {item.name: default_of(item) for item in dataclasses.fields(self)}
         return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+
+    if not TYPE_CHECKING:  # for a type checker no other name exists
+
+        def __getattr__(self, name: str) -> Any:
+            """What is in effect of an option of TRL that is none here: scripts ask for `args.push_to_hub` and the like."""
+            words = ADVICE.get(name, "")
+            if isinstance(words, SameAs):
+                return getattr(self, words.option)
+            if isinstance(words, Advice):
+                return copy.copy(words.values[0])
+            raise AttributeError(f"DPOConfig has no option {name}" + (f": {words}" if words else ""))
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> DPOConfig:

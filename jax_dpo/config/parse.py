@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax_dpo.config.advice import ADVICE
-from jax_dpo.config.fields import Problem, refuse, unknown_option
+from jax_dpo.config.fields import Advice, Problem, refuse, sort_out
 from jax_dpo.config.flags import option_types, read_flags
 from jax_dpo.config.options import DPOConfig, check_values
 from jax_dpo.config.script import ScriptArguments, check_script
@@ -26,7 +26,8 @@ def parse(
     Raises one `UserError` that tells everything that is wrong, with the file in which it stands.
     """
     hints = option_types(ScriptArguments, DPOConfig)
-    flags = read_flags(argv, hints, aliases=ALIASES, advice=ADVICE, with_files=True)
+    asking_nothing = {name: words.hint for name, words in ADVICE.items() if isinstance(words, Advice)}
+    flags = read_flags(argv, asking_nothing | hints, aliases=ALIASES, advice=ADVICE, with_files=True)
     problems = list(flags.problems)
     data = _data(flags.positionals, data_first)
     given: dict[str, Any] = {}
@@ -38,9 +39,8 @@ def parse(
         given["dataset_name"], origins["dataset_name"] = data, "command line"
     for name, value in flags.given.items():
         given[name], origins[name] = value, "command line"
-    for name in [name for name in given if name not in hints]:
-        problems.append(unknown_option(name, hints, ADVICE))
-        del given[name]
+    given, unknown = sort_out(given, hints, ADVICE)
+    problems += unknown
     mine = {item.name for item in dataclasses.fields(ScriptArguments)}
     script, wrong_script = check_script(ScriptArguments, {name: value for name, value in given.items() if name in mine})
     config, wrong_config = check_values(DPOConfig, {name: value for name, value in given.items() if name not in mine})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_dpo.config.advice import ADVICE, VALUE_ADVICE
-from jax_dpo.config.fields import Check, Problem, above, at_least, option, read, unknown_option, validated, within
+from jax_dpo.config.fields import Check, Problem, above, at_least, option, read, sort_out, validated, within
 
 _SHARE_OR_COUNT = Check(
     "a share between 0 and 1, or a whole number of rows", lambda value: value > 0 and (value < 1 or value == int(value))
@@ -21,8 +21,8 @@ _SHARE_OR_COUNT = Check(
 def check_script(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """(value of every argument, everything that is wrong with what was given)."""
     known = [item.name for item in dataclasses.fields(cls)]
-    unknown = [unknown_option(name, known, ADVICE) for name in given if name not in known]
-    values, problems = read(cls, {name: value for name, value in given.items() if name in known}, VALUE_ADVICE)
+    options, unknown = sort_out(given, known, ADVICE)
+    values, problems = read(cls, options, VALUE_ADVICE)
     modules = values.get("lora_target_modules")
     # PEFT reads a text as a pattern that must match the whole path, so a plain name would match nothing.
     if isinstance(modules, str) and modules != "all-linear" and re.fullmatch(r"\w+", modules):

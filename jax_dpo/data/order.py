@@ -78,15 +78,23 @@ def position_after(
 
 
 def pairs_at(
-    position: Position, n: int, *, seed: int, strategy: str, micro_batch: int, micro_batches_per_step: int
+    position: Position,
+    n: int,
+    *,
+    seed: int,
+    strategy: str,
+    micro_batch: int,
+    micro_batches_per_step: int,
+    used: int | None = None,
 ) -> list[np.ndarray]:
     """The micro-batches of the optimizer step that begins at `position`: int64 arrays of rows.
 
     Each has `micro_batch` rows; the epoch's last may be shorter, and a step at an epoch's end has fewer micro-batches,
-    since accumulation never crosses it.
+    since accumulation never crosses it. `used`: only so many of an epoch's order are used (None: all).
     """
-    position = _wrapped(position, n)
-    end = min(position.consumed + micro_batch * micro_batches_per_step, n)
+    used = n if used is None else used
+    position = _wrapped(position, used)
+    end = min(position.consumed + micro_batch * micro_batches_per_step, used)
     rows = epoch_order(n, seed, position.epoch, strategy)[position.consumed : end]
     return [rows[k : k + micro_batch] for k in range(0, len(rows), micro_batch)]
 

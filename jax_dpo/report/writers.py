@@ -122,10 +122,12 @@ class TensorBoardWriter:
 class WandbWriter:
     """A run of Weights & Biases, with the names that Hugging Face's trainers use there: `train/m` and `eval/m`.
 
-    Project, entity and mode are what wandb reads from its own environment variables.
+    The environment variable WANDB_PROJECT wins over `project`; entity and mode are what wandb reads from its own.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], run_name: str | None = None) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], run_name: str | None = None, project: str | None = None
+    ) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -133,7 +135,9 @@ class WandbWriter:
                 "wandb-missing",
                 "report_to: wandb is asked for, but it is not installed. Install it, or leave it out of report_to.",
             ) from error
-        self._run: Any = wandb.init(dir=str(directory), name=run_name)
+        self._run: Any = wandb.init(
+            dir=str(directory), name=run_name, project=os.environ.get("WANDB_PROJECT") or project
+        )
         self._run.define_metric("train/global_step")
         self._run.define_metric("*", step_metric="train/global_step", step_sync=True)
 
@@ -158,7 +162,10 @@ class WandbWriter:
 
 
 def open_writers(
-    report_to: str | Sequence[str] | None, output_dir: str | os.PathLike[str], run_name: str | None = None
+    report_to: str | Sequence[str] | None,
+    output_dir: str | os.PathLike[str],
+    run_name: str | None = None,
+    project: str | None = None,
 ) -> list[Writer]:
     """The writers that `report_to` names: "none", "tensorboard", "wandb", or "all" that are installed.
 
@@ -176,7 +183,7 @@ def open_writers(
     if "tensorboard" in names or "all" in names:
         writers.append(TensorBoardWriter(Path(output_dir) / "tensorboard"))
     if "wandb" in names or ("all" in names and _installed("wandb")):
-        writers.append(WandbWriter(output_dir, run_name))
+        writers.append(WandbWriter(output_dir, run_name, project))
     return writers
 
 

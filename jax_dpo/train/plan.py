@@ -10,8 +10,8 @@ from jax_dpo.data.order import START, Position, position_after, steps_per_epoch
 
 @dataclass(frozen=True)
 class Plan:
-    """`micro_batch` pairs make one of TRL's micro-batches, `accumulation` micro-batches (over all devices) one step. An interval of 0
-    means never."""
+    """`pairs` are those of one epoch. `micro_batch` pairs make one of TRL's micro-batches, `accumulation` micro-batches (over all
+    devices) one step. An interval of 0 means never."""
 
     pairs: int
     micro_batch: int
@@ -22,6 +22,10 @@ class Plan:
     save_steps: int
     logging_first_step: bool = False
     eval_on_start: bool = False
+    eval_delay: float = 0.0
+    """steps before which nothing is evaluated, but for the start and the end"""
+    logs_last: bool = False
+    """whether the last step is logged wherever it falls"""
     sync_steps: int = 0
 
     @property
@@ -41,11 +45,15 @@ class Plan:
         return position.epoch + math.ceil(position.consumed / self.micro_batch) / micro_batches
 
     def logs_at(self, step: int) -> bool:
-        return step % self.logging_steps == 0 or (step == 1 and self.logging_first_step)
+        if (step == 1 and self.logging_first_step) or (step == self.total and self.logs_last):
+            return True
+        return self.logging_steps > 0 and step % self.logging_steps == 0
 
     def evaluates_at(self, step: int) -> bool:
-        """At every interval, and at the end."""
-        return self.eval_steps > 0 and (step % self.eval_steps == 0 or step == self.total)
+        """At every interval once the delay is over, and at the end."""
+        if self.eval_steps == 0:
+            return False
+        return step == self.total or (step % self.eval_steps == 0 and step >= self.eval_delay)
 
     def saves_at(self, step: int) -> bool:
         return self.save_steps > 0 and (step % self.save_steps == 0 or step == self.total)

@@ -60,7 +60,9 @@ def run_training(script: ScriptArguments, config: DPOConfig) -> int:
     notes = prepare_jax(config)
     from jax_dpo.report.terminal import Quiet
 
-    display = Terminal(output_dir=config.output_dir) if is_primary() else Quiet()
+    display = (
+        Terminal(output_dir=config.output_dir, live=False if config.disable_tqdm else None) if is_primary() else Quiet()
+    )
     try:
         display.busy("reading the data")
         train, held_out = _data(script, config)

@@ -240,6 +240,7 @@ class Engine:
             strategy=c.train_sampling_strategy,
             micro_batch=self.plan.micro_batch,
             micro_batches_per_step=self.plan.accumulation,
+            used=self.plan.pairs,
         )
 
     def batch_at(self, position: Position) -> StepBatch:

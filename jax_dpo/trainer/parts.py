@@ -39,11 +39,17 @@ EXPECTED_EFFICIENCY = {"cpu": 0.55, "gpu": 0.35, "tpu": 0.35}
 
 
 def make_plan(config: DPOConfig, pairs: int) -> Plan:
-    """When the run does what, from TRL's options."""
+    """When the run does what, from TRL's options.
+
+    Raises:
+      UserError: with dataloader_drop_last nothing is left of an epoch.
+    """
     from jax_dpo.sharding.mesh import mesh_shape
 
     data, fsdp, _ = mesh_shape(jax.device_count(), config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps * data * fsdp
+    if config.dataloader_drop_last:
+        pairs = _whole_batches(pairs, micro * data * fsdp)
     total = total_steps(pairs, micro, accumulation, config.max_steps, config.num_train_epochs)
     epoch = total_steps(pairs, micro, accumulation, -1, 1.0)
     logging = interval(config.logging_steps, total, 10)
@@ -56,13 +62,26 @@ def make_plan(config: DPOConfig, pairs: int) -> Plan:
         micro_batch=micro,
         accumulation=accumulation,
         total=total,
-        logging_steps=logging,
+        logging_steps=every(config.logging_strategy, config.logging_steps, 10),
         eval_steps=every(config.eval_strategy, config.eval_steps, logging),
         save_steps=every(config.save_strategy, config.save_steps, 500),
         logging_first_step=config.logging_first_step,
         eval_on_start=config.eval_on_start and config.eval_strategy != "no",
         sync_steps=config.ref_model_sync_steps if config.sync_ref_model else 0,
+        eval_delay=config.eval_delay * (epoch if config.eval_strategy == "epoch" else 1),
+        logs_last=config.logging_strategy == "epoch",
     )
+
+
+def _whole_batches(pairs: int, size: int) -> int:
+    """The pairs of an epoch that fill batches of `size` (one micro-batch on each device), as TRL's loader leaves out the rest."""
+    if pairs < size:
+        raise UserError(
+            "no-whole-batch",
+            f"dataloader_drop_last leaves nothing: there are {pairs} pairs, and one batch of all devices takes {size}. Lower "
+            "per_device_train_batch_size, or set dataloader_drop_last to false.",
+        )
+    return pairs // size * size
 
 
 def plan_warnings(plan: Plan, config: DPOConfig) -> list[str]:
@@ -191,7 +210,7 @@ def assemble(
     out = Path(config.output_dir)
     eval_sets = tuple(engine.held_out(name, data) for name, data in engine.eval_sets.items())
     ranking = ranking_of(config, engine.eval_sets)
-    writers = Writers(log, open_writers(config.report_to, out, config.run_name) if primary else ())
+    writers = Writers(log, open_writers(config.report_to, out, config.run_name, config.project) if primary else ())
 
     def report() -> None:
         if primary:

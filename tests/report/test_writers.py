@@ -158,13 +158,26 @@ def test_wandb_gets_the_names_of_hugging_faces_trainers(tmp_path: Path, monkeypa
     )
     called: dict[str, Any] = {}
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: called.update(k) or run))
-    (writer,) = open_writers("wandb", tmp_path, run_name="a name")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    (writer,) = open_writers("wandb", tmp_path, run_name="a name", project="pairs")
     for record in runs.healthy():
         writer.write(record)
     writer.close()
-    assert called == {"dir": str(tmp_path), "name": "a name"}
+    assert called == {"dir": str(tmp_path), "name": "a name", "project": "pairs"}
     assert config["learning_rate"] == 5e-6
     assert logged[0]["eval/loss"] == pytest.approx(math.log(2)) and logged[0]["train/global_step"] == 0
     assert logged[1]["train/rewards/margins"] == 0.0 and logged[1]["train/global_step"] == 1
     assert run.summary == {"verdict": "trained; all gates passed; exit 0"}
     assert logged[-1] == {"finished": True}
+
+
+def test_the_environment_names_wandbs_project_before_the_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in transformers, whose own default is the project huggingface."""
+    called: dict[str, Any] = {}
+    run = types.SimpleNamespace(define_metric=lambda *a, **k: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: called.update(k) or run))
+    monkeypatch.setenv("WANDB_PROJECT", "of-the-shell")
+    open_writers("wandb", tmp_path, project="pairs")
+    assert called["project"] == "of-the-shell"
