@@ -67,6 +67,12 @@ def gemma2() -> ModelConfig:
     )
 
 
+def mixtral(**changes: Any) -> ModelConfig:
+    """Four experts, two of them for each token, in two layers of the sizes of `shape_of`."""
+    wanted = {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return shape_of(**{**wanted, **changes})
+
+
 def weights_of(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Random float32 weights by tree path; norms multiply by around 1, wide enough that no branch is idle."""
     flat = {}

@@ -77,6 +77,25 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP (arXiv 2101.03961), and where the family's files keep it.
+
+    Each token goes through `per_token` of `count` experts, each an MLP of `size`; `renormalise`: the shares of those chosen are made to
+    sum to 1. `module` is its name inside a block, `projections` those of an expert's gate, up and down. `dense_layers` have a plain MLP.
+    `aux_loss_coef` is the config's own weight of the router's balancing loss.
+    """
+
+    count: int
+    per_token: int
+    size: int
+    renormalise: bool
+    module: str
+    projections: tuple[str, str, str]
+    aux_loss_coef: float
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything that the decoder needs to know; hashable, so that it can be a static argument of jit.
 
@@ -112,11 +131,15 @@ class ModelConfig:
     norm_offset: float = 0.0
     norms_after: bool = False
     embedding_scale: float = 1.0
+    experts: Experts | None = None
     lora: LoraSpec | None = None
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """[out, in] of every linear layer by its dotted tree path, `lm_head` included where it is not tied."""
+    """[out, in] of every linear layer by its dotted tree path, `lm_head` included where it is not tied.
+
+    Routers and experts are no linear layers, neither here nor in transformers 5.
+    """
     d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_heads * h, config.num_kv_heads * h
     shapes = {
@@ -124,17 +147,28 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         "model.layers.self_attn.k_proj": (kv, d),
         "model.layers.self_attn.v_proj": (kv, d),
         "model.layers.self_attn.o_proj": (d, q),
-        "model.layers.mlp.gate_proj": (f, d),
-        "model.layers.mlp.up_proj": (f, d),
-        "model.layers.mlp.down_proj": (d, f),
     }
+    if config.experts is None or config.experts.dense_layers:
+        shapes["model.layers.mlp.gate_proj"] = shapes["model.layers.mlp.up_proj"] = (f, d)
+        shapes["model.layers.mlp.down_proj"] = (d, f)
     if not config.tie_word_embeddings:
         shapes["lm_head"] = (config.vocab_size, d)
     return shapes
 
 
+def layers_of(config: ModelConfig, path: str) -> tuple[int, ...]:
+    """The layers that the leaf (or linear layer) at a dotted path in `model.layers` stacks, in order."""
+    every = range(config.num_layers)
+    e = config.experts
+    if e is None or not e.dense_layers or not path.startswith(f"model.layers.{e.module}."):
+        return tuple(every)
+    inside = path.removeprefix(f"model.layers.{e.module}.")
+    sparse = inside.startswith(("gate.", "experts."))
+    return tuple(i for i in every if (i in e.dense_layers) != sparse)
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every leaf of the parameter tree by its dotted path; leaves in `model.layers` are [L, ...].
+    """Shape of every leaf of the parameter tree by its dotted path; leaves in `model.layers` are [L, ...], those of experts [L, E, ...].
 
     With `config.lora`, the adapter's leaves `lora_a` [L, r, in] and `lora_b` [L, out, r] are among them.
     """
@@ -151,8 +185,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.qk_norm:
         shapes["model.layers.self_attn.q_norm.weight"] = (layers, config.head_dim)
         shapes["model.layers.self_attn.k_norm.weight"] = (layers, config.head_dim)
+    if config.experts is not None:
+        shapes |= _expert_shapes(config, config.experts)
     for path, (out, into) in linear_shapes(config).items():
-        stack = (layers,) if path.startswith("model.layers.") else ()
+        stack = (len(layers_of(config, path)),) if path.startswith("model.layers.") else ()
         shapes[f"{path}.weight"] = (*stack, out, into)
         if has_bias(config, path):
             shapes[f"{path}.bias"] = (*stack, out)
@@ -160,6 +196,18 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{path}.lora_a"] = (*stack, config.lora.r, into)
             shapes[f"{path}.lora_b"] = (*stack, out, config.lora.r)
     return shapes
+
+
+def _expert_shapes(config: ModelConfig, e: Experts) -> dict[str, tuple[int, ...]]:
+    root, d = f"model.layers.{e.module}.", config.hidden_size
+    stack = len(layers_of(config, f"{root}gate."))
+    gate, up, down = e.projections
+    return {
+        f"{root}gate.weight": (stack, e.count, d),
+        f"{root}experts.{gate}.weight": (stack, e.count, e.size, d),
+        f"{root}experts.{up}.weight": (stack, e.count, e.size, d),
+        f"{root}experts.{down}.weight": (stack, e.count, d, e.size),
+    }
 
 
 def has_bias(config: ModelConfig, path: str) -> bool:

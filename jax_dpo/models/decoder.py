@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 
 from jax_dpo.arrays import Tree, flatten, unflatten
-from jax_dpo.models.config import ModelConfig
+from jax_dpo.models.config import ModelConfig, layers_of
+from jax_dpo.models.experts import Routing, Run, everywhere
 from jax_dpo.models.layers import Block, Embedding, Linear, RMSNorm
 from jax_dpo.ops.attention.api import Bounds, attention, tree_bounds
 
@@ -40,6 +41,34 @@ def describe(config: ModelConfig) -> tuple[Any, Tree]:
     """(graph definition, abstract parameter tree of float32 shapes) of a model; no array is made."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config)))
     return graph, nnx.to_pure_dict(state)
+
+
+@cache
+def _block(config: ModelConfig, sparse: bool) -> tuple[Any, tuple[str, ...]]:
+    """The graph definition of one block, with experts or without, and the paths of its leaves under `model.layers`."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Block(config, sparse)))
+    return graph, tuple(flatten(nnx.to_pure_dict(state)))
+
+
+def blocks(config: ModelConfig, params: Mapping[str, Any]) -> Iterator[tuple[Any, Tree, slice]]:
+    """Layers of one kind that follow each other, as what a scan runs over: (graph definition of the block, their parameters stacked,
+    which layers they are). One piece, but where some layers have experts and others have not."""
+    leaves = flatten(params["model"]["layers"])
+    dense = set(config.experts.dense_layers) if config.experts is not None else set(range(config.num_layers))
+    start = 0
+    while start < config.num_layers:
+        sparse, stop = start not in dense, start + 1
+        while stop < config.num_layers and (stop not in dense) == sparse:
+            stop += 1
+        graph, paths = _block(config, sparse)
+        found = {}
+        for path in paths:
+            stack = layers_of(config, f"model.layers.{path}")
+            first = stack.index(start)
+            whole = (first, first + stop - start) == (0, len(stack))
+            found[path] = leaves[path] if whole else leaves[path][first : first + stop - start]
+        yield graph, unflatten(found), slice(start, stop)
+        start = stop
 
 
 def is_adapter(path: str) -> bool:
@@ -107,14 +136,29 @@ def hidden_states(
     positions: jax.Array,
     pair: jax.Array,
     branch: jax.Array,
+    **options: Any,
+) -> jax.Array:
+    """Final hidden states (after the last norm) of packed trees, [R, T, D]; see `forward`."""
+    return forward(config, params, tokens, positions, pair, branch, **options)[0]
+
+
+def forward(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    pair: jax.Array,
+    branch: jax.Array,
     *,
     remat: bool = False,
     dropout_key: jax.Array | None = None,
     constrain: Callable[[jax.Array], jax.Array] = _same,
     lookup: Callable[[jax.Array, jax.Array], jax.Array] = _look,
+    experts: Run = everywhere,
+    watch: Callable[[Routing], Any] | None = None,
     implementation: str = "chunked",
-) -> jax.Array:
-    """Final hidden states (after the last norm) of packed trees.
+) -> tuple[jax.Array, list[Any]]:
+    """Final hidden states (after the last norm) of packed trees, and what was watched of the routers.
 
     Args:
       params: the parameter tree in the compute dtype (`cast_for_compute`).
@@ -124,19 +168,19 @@ def hidden_states(
       dropout_key: turns the adapter's dropout on.
       constrain: puts the sharding of activations [R, T, D] where automatic partitioning would guess.
       lookup: table [V, D] and ids [R, T] -> [R, T, D], where the table is cut over devices.
+      experts: runs a mixture of experts where rows and matrices are cut over devices.
+      watch: called with the routing of each layer that has experts; what it gives back (arrays) is returned.
     Returns:
-      [R, T, D] in the dtype of the embeddings.
+      [R, T, D] in the dtype of the embeddings, and for each run of such layers what `watch` gave, stacked over its layers.
     """
-    graph, _ = describe(config)
-    model = nnx.merge(graph, params)
     windows, window_of_layer = _kinds(config.layer_windows)
     bounds = Bounds(*(jnp.stack(x) for x in zip(*(tree_bounds(pair, branch, w) for w in windows))))
     cos, sin, rope_of_layer = rotary_tables(config, positions)
-    block_graph, stacked = nnx.split(model.model.layers)
+    real = pair > 0
 
-    def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+    def body(graph: Any, x: jax.Array, layer: tuple) -> tuple[jax.Array, Any]:
         weights, window, rope, index = layer
-        block = nnx.merge(block_graph, weights)
+        block = nnx.merge(graph, weights)
         mine = Bounds(*(b[window] for b in bounds))
         mix = partial(
             attention,
@@ -146,17 +190,28 @@ def hidden_states(
             implementation=implementation,
         )
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return constrain(block(x, cos[rope], sin[rope], mix, key)), None
+        x, routing = block(x, cos[rope], sin[rope], mix, key, real=real, experts=experts)
+        return constrain(x), None if watch is None or routing is None else watch(routing)
 
     # What is kept between forward and backward: with `remat` the attention alone, else the products of the linear layers too. What
     # lies between them (norms, activations, rotations) costs less to make again than to write and read.
     kept = ("attention_out", "attention_lse", *(() if remat else ("linear_out",)))
-    body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*kept), prevent_cse=False)
-    x = embed(config, constrain(lookup(model.model.embed_tokens.weight[...], tokens)))
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    x = embed(config, constrain(lookup(params["model"]["embed_tokens"]["weight"], tokens)))
     index = jnp.arange(config.num_layers, dtype=jnp.int32)
-    per_layer = (nnx.to_pure_dict(stacked), jnp.asarray(window_of_layer), jnp.asarray(rope_of_layer), index)
-    x, _ = jax.lax.scan(body, x, per_layer)
-    return model.model.norm(x)
+    per_layer = jnp.asarray(window_of_layer), jnp.asarray(rope_of_layer), index
+    watched = []
+    for graph, weights, layers in blocks(config, params):
+        run = jax.checkpoint(partial(body, graph), policy=policy, prevent_cse=False)
+        x, seen = jax.lax.scan(run, x, (weights, *(a[layers] for a in per_layer)))
+        watched += [] if seen is None else [seen]
+    return last_norm(config, params, x), watched
+
+
+def last_norm(config: ModelConfig, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    """The norm behind the last block: [..., D] -> [..., D]."""
+    graph, _ = describe(config)
+    return nnx.merge(graph, params).model.norm(x)
 
 
 def logits(config: ModelConfig, params: Mapping[str, Any], input_ids: jax.Array, mask: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jax_dpo.errors import UserError
 from jax_dpo.models.attributes import Attributes
-from jax_dpo.models.config import ModelConfig, Rope
+from jax_dpo.models.config import Experts, ModelConfig, Rope
 from jax_dpo.models.rope_config import read_rope
 
 ACTIVATIONS = {
@@ -156,6 +156,76 @@ def _gemma_style(config: ModelConfig) -> ModelConfig:
     return replace(config, norm_offset=1.0, embedding_scale=config.hidden_size**0.5)
 
 
+def _mixtral(a: Attributes) -> ModelConfig:
+    """Mixtral (arXiv 2401.04088): mistral with eight experts in place of each MLP."""
+    window = a.integer("sliding_window", None) if a.get("sliding_window") is not None else None
+    config = _decoder(a, kv_heads=8, window=window, length=131072, eps=1e-5, theta=1e6)
+    if a.get("router_jitter_noise") not in (0, None):
+        raise a.invalid("router_jitter_noise", "0.0: noise on the router's input is not supported")
+    return replace(
+        config,
+        experts=_experts(
+            a, default=8, size=config.intermediate_size, module="block_sparse_moe", projections=("w1", "w3", "w2")
+        ),
+    )
+
+
+def _qwen3_moe(a: Attributes) -> ModelConfig:
+    """Qwen3's mixture (arXiv 2505.09388); layers that `mlp_only_layers` names, or `decoder_sparse_step` leaves out, are plain."""
+    a.read.add("max_window_layers")  # transformers does not read it in this family
+    bias, window = a.flag("attention_bias", False), _qwen_window(a)
+    config = _decoder(
+        a,
+        kv_heads=4,
+        window=window,
+        length=32768,
+        attention_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+    )
+    plain, step = a.get("mlp_only_layers") or [], a.integer("decoder_sparse_step", 1)
+    if not isinstance(plain, list) or not set(plain) <= set(range(config.num_layers)):
+        raise a.invalid("mlp_only_layers", f"a list of layers below num_hidden_layers = {config.num_layers}")
+    dense = tuple(i for i in range(config.num_layers) if i in plain or (i + 1) % step)
+    experts = _experts(
+        a,
+        default=128,
+        size=a.integer("moe_intermediate_size", 768),
+        module="mlp",
+        projections=("gate_proj", "up_proj", "down_proj"),
+        per_token=8,
+        renormalise=a.flag("norm_topk_prob", False),
+        dense=dense,
+    )
+    all_dense = len(dense) == config.num_layers
+    return replace(config, layer_windows=(window,) * config.num_layers, experts=None if all_dense else experts)
+
+
+def _experts(
+    a: Attributes,
+    *,
+    default: int | None,
+    size: int,
+    module: str,
+    projections: tuple[str, str, str],
+    per_token: int = 2,
+    renormalise: bool = True,
+    dense: tuple[int, ...] = (),
+) -> Experts:
+    """What mixtures share. transformers 4 calls the count `num_experts` in some families, 5 `num_local_experts` in all."""
+    given = [name for name in ("num_local_experts", "num_experts") if a.hf.get(name) is not None]
+    counts = {name: a.integer(name, default) for name in given or ["num_local_experts"]}
+    if len(set(counts.values())) > 1:
+        raise a.invalid("num_experts", f"num_local_experts = {counts['num_local_experts']}")
+    count, chosen = next(iter(counts.values())), a.integer("num_experts_per_tok", per_token)
+    if chosen > count:
+        raise a.invalid("num_experts_per_tok", f"at most {count}, the number of experts")
+    coef = a.get("router_aux_loss_coef", 0.001)
+    if isinstance(coef, bool) or not isinstance(coef, (int, float)) or coef < 0:
+        raise a.invalid("router_aux_loss_coef", "0 or a number above it")
+    return Experts(count, chosen, size, renormalise, module, projections, float(coef), dense)
+
+
 def _qwen_window(a: Attributes) -> int | None:
     a.read.add("sliding_window")
     if not a.flag("use_sliding_window", False) or a.hf.get("sliding_window", 4096) is None:
@@ -184,6 +254,8 @@ def _decoder(
     length: int,
     head_dim: int | None = None,
     act: str | None = None,
+    eps: float = 1e-6,
+    theta: float = 10000.0,
     tied: bool = False,
     attention_bias: bool = False,
     out_bias: bool = False,
@@ -218,7 +290,7 @@ def _decoder(
         num_heads=heads,
         num_kv_heads=kv,
         head_dim=head,
-        rms_norm_eps=a.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=a.number("rms_norm_eps", eps),
         hidden_act=act or _activation(a, "hidden_act", "silu"),
         tie_word_embeddings=a.flag("tie_word_embeddings", tied),
         attention_bias=attention_bias,
@@ -226,7 +298,7 @@ def _decoder(
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
         layer_windows=_windows(a, layers, window),
-        layer_ropes=(_rope(a, longest),) * layers,
+        layer_ropes=(_rope(a, longest, theta),) * layers,
         max_position_embeddings=longest,
         attention_scale=head**-0.5,
     )
@@ -257,12 +329,12 @@ def _windows(a: Attributes, layers: int, window: int | None) -> tuple[int | None
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope(a: Attributes, longest: int) -> Rope:
+def _rope(a: Attributes, longest: int, theta: float) -> Rope:
     for name in ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"):
         a.read.add(name)
     if a.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise a.invalid("partial_rotary_factor", "1.0: turning a part of the head is not supported in this family")
-    return read_rope(a.hf, longest, a.where)
+    return read_rope(a.hf, longest, a.where, default_theta=theta)
 
 
 # name of the family in config.json -> (its reader, the one architecture that is a causal language model)
@@ -270,7 +342,9 @@ FAMILIES: dict[str, tuple[Callable[[Attributes], ModelConfig], str]] = {
     "gemma": (_gemma, "GemmaForCausalLM"),
     "gemma2": (_gemma2, "Gemma2ForCausalLM"),
     "llama": (_llama, "LlamaForCausalLM"),
+    "mixtral": (_mixtral, "MixtralForCausalLM"),
     "mistral": (_mistral, "MistralForCausalLM"),
     "qwen2": (_qwen2, "Qwen2ForCausalLM"),
+    "qwen3_moe": (_qwen3_moe, "Qwen3MoeForCausalLM"),
     "qwen3": (_qwen3, "Qwen3ForCausalLM"),
 }

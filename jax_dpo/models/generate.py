@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jax_dpo.models.config import ModelConfig
-from jax_dpo.models.decoder import describe, embed, rotary_tables, shaped_logits, unembedding
+from jax_dpo.models.decoder import blocks, embed, last_norm, rotary_tables, shaped_logits, unembedding
 
 
 class Sampling(NamedTuple):
@@ -48,8 +48,6 @@ def _forward(
     config: ModelConfig, params: Mapping[str, Any], tokens: jax.Array, start: jax.Array, pad: jax.Array, cache: _Cache
 ) -> tuple[jax.Array, _Cache]:
     """Tokens [B, C] at places start .. start + C of the cache -> hidden state of the last one [B, D], and the cache with them."""
-    graph, _ = describe(config)
-    model = nnx.merge(graph, params)
     C, S = tokens.shape[1], cache.k.shape[2]
     place = start + jnp.arange(C, dtype=jnp.int32)
     positions = jnp.maximum(place[None, :] - pad[:, None], 0)
@@ -57,11 +55,11 @@ def _forward(
     keys = jnp.arange(S, dtype=jnp.int32)
     seen = (keys[None, None, :] <= place[None, :, None]) & (keys[None, None, :] >= pad[:, None, None])
     far = [S if w is None else w for w in config.layer_windows]
-    block_graph, stacked = nnx.split(model.model.layers)
+    real = place[None, :] >= pad[:, None]
 
-    def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, _Cache]:
+    def body(graph: Any, x: jax.Array, layer: tuple) -> tuple[jax.Array, _Cache]:
         weights, rope, window, k_old, v_old = layer
-        block = nnx.merge(block_graph, weights)
+        block = nnx.merge(graph, weights)
         stored = []
 
         def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -71,12 +69,16 @@ def _forward(
             near = place[None, :, None] - keys[None, None, :] < window
             return _mix(config, q, k_all, v_all, seen & near)
 
-        return block(x, cos[rope], sin[rope], mix), stored[0]
+        return block(x, cos[rope], sin[rope], mix, real=real)[0], stored[0]
 
-    x = embed(config, model.model.embed_tokens.weight[...][tokens])
-    per_layer = (nnx.to_pure_dict(stacked), jnp.asarray(rope_of_layer), jnp.asarray(far, jnp.int32), cache.k, cache.v)
-    x, cache = jax.lax.scan(body, x, per_layer)
-    return model.model.norm(x[:, -1]), cache
+    x = embed(config, params["model"]["embed_tokens"]["weight"][tokens])
+    per_layer = (jnp.asarray(rope_of_layer), jnp.asarray(far, jnp.int32), cache.k, cache.v)
+    parts = []
+    for graph, weights, layers in blocks(config, params):
+        x, part = jax.lax.scan(partial(body, graph), x, (weights, *(a[layers] for a in per_layer)))
+        parts.append(part)
+    cache = parts[0] if len(parts) == 1 else _Cache(*(jnp.concatenate(xs) for xs in zip(*parts)))
+    return last_norm(config, params, x[:, -1]), cache
 
 
 def _next_token(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_dpo.models.config import ModelConfig, has_bias, linear_shapes
+from jax_dpo.models.config import ModelConfig, has_bias, layers_of, linear_shapes
+from jax_dpo.models.experts import Mixture, Routing, Run, everywhere
 from jax_dpo.models.lora import LoraSpec
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -56,7 +57,7 @@ class Linear(nnx.Module):
 
     def __init__(self, config: ModelConfig, path: str) -> None:
         out, into = linear_shapes(config)[path]
-        stack = (config.num_layers,) if path.startswith("model.layers.") else ()
+        stack = (len(layers_of(config, path)),) if path.startswith("model.layers.") else ()
         self.lora: LoraSpec | None = config.lora if config.lora and path in config.lora.targets else None
         self.dropout_id = zlib.crc32(path.encode()) & 0x7FFFFFFF
         self.weight = nnx.Param(jnp.zeros((*stack, out, into)))
@@ -155,7 +156,8 @@ class Block(nnx.Module):
     it is the one behind attention.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, sparse: bool | None = None) -> None:
+        """`sparse` says whether the layers have experts, where some have and others have not; None describes all there is."""
         norm = lambda: RMSNorm(config, config.hidden_size, stacked=True)  # noqa: E731
         self.input_layernorm = norm()
         self.self_attn = Attention(config)
@@ -164,7 +166,16 @@ class Block(nnx.Module):
         if config.norms_after:
             self.pre_feedforward_layernorm = norm()
             self.post_feedforward_layernorm = norm()
-        self.mlp = MLP(config)
+        self.act = config.hidden_act
+        experts = None if sparse is False else config.experts
+        self.feed = "mlp" if experts is None else experts.module
+        if experts is None:
+            self.mlp = MLP(config)
+        else:
+            setattr(self, experts.module, Mixture(config))
+            if experts.dense_layers and sparse is None:
+                for name in ("gate_proj", "up_proj", "down_proj"):
+                    setattr(getattr(self, experts.module), name, Linear(config, f"model.layers.mlp.{name}"))
 
     def __call__(
         self,
@@ -173,15 +184,31 @@ class Block(nnx.Module):
         sin: jax.Array,
         mix: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
         dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """x [R, T, D] -> [R, T, D]; `mix(q, k, v)` is the attention op."""
+        *,
+        real: jax.Array,
+        experts: Run = everywhere,
+    ) -> tuple[jax.Array, Routing | None]:
+        """x [R, T, D] -> [R, T, D], and what the router said where there is one.
+
+        `mix(q, k, v)` is the attention op, `real` [R, T] is False on padding, `experts` runs a mixture of experts.
+        """
         q, k, v = self.self_attn.project(self.input_layernorm(x), cos, sin, dropout_key)
         mixed = self.self_attn.output(mix(q, k, v), dropout_key)
         if not self.norms_after:
             x = x + mixed
-            return x + self.mlp(self.post_attention_layernorm(x), dropout_key)
+            fed, routing = self._fed(self.post_attention_layernorm(x), dropout_key, real, experts)
+            return x + fed, routing
         x = x + self.post_attention_layernorm(mixed)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), dropout_key))
+        fed, routing = self._fed(self.pre_feedforward_layernorm(x), dropout_key, real, experts)
+        return x + self.post_feedforward_layernorm(fed), routing
+
+    def _fed(
+        self, x: jax.Array, dropout_key: jax.Array | None, real: jax.Array, run: Run
+    ) -> tuple[jax.Array, Routing | None]:
+        feed = getattr(self, self.feed)
+        if isinstance(feed, Mixture):
+            return feed(x, real, ACTIVATIONS[self.act], run)
+        return feed(x, dropout_key), None
 
 
 class Embedding(nnx.Module):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from jax_dpo.errors import UserError
-from jax_dpo.models.config import ModelConfig, linear_shapes
+from jax_dpo.models.config import ModelConfig, layers_of, linear_shapes
 from jax_dpo.models.lora import LoraConfig, LoraSpec
 
 # PEFT's own choice where target_modules is None.
@@ -14,6 +15,7 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     "gemma": ("q_proj", "v_proj"),
     "gemma2": ("q_proj", "v_proj"),
     "llama": ("q_proj", "v_proj"),
+    "mixtral": ("q_proj", "v_proj"),
     "mistral": ("q_proj", "v_proj"),
     "qwen2": ("q_proj", "v_proj"),
     "qwen3": ("q_proj", "v_proj"),
@@ -44,10 +46,15 @@ def resolve_targets(targets: list[str] | str | None, model: ModelConfig) -> tupl
     """
     linears = list(linear_shapes(model))
     if targets is None:
+        if model.model_type not in DEFAULT_TARGETS:
+            raise UserError(
+                "lora-target-unknown",
+                f"PEFT has no target_modules of its own for the family {model.model_type}. Name them, such as q_proj and v_proj.",
+            )
         targets = list(DEFAULT_TARGETS[model.model_type])
     if targets == ALL_LINEAR:
-        return tuple(path for path in linears if path != "lm_head")
-    if isinstance(targets, str):
+        found = {path for path in linears if path != "lm_head"}
+    elif isinstance(targets, str):
         found = _by_pattern(targets, linears, model)
     elif isinstance(targets, (list, tuple)) and targets and all(isinstance(name, str) for name in targets):
         found = {path for name in targets for path in _by_name(name, linears, model)}
@@ -56,7 +63,19 @@ def resolve_targets(targets: list[str] | str | None, model: ModelConfig) -> tupl
             "lora-target-unknown",
             f"target_modules is {targets!r}; expected names, {ALL_LINEAR!r} or a regular expression.",
         )
+    for path in found:
+        layers = layers_of(model, path)
+        if len(layers) < model.num_layers:
+            raise _some_layers(targets, path, [i in layers for i in range(model.num_layers)])
     return tuple(path for path in linears if path in found)
+
+
+def _no_experts(name: str) -> UserError:
+    return UserError(
+        "lora-target-unsupported",
+        f"target_modules names {name}, which is a router or the experts: their matrices are stacked and no linear layers, and an "
+        "adapter on them is not supported. Name projections of attention, such as q_proj.",
+    )
 
 
 def _by_name(name: str, linears: list[str], model: ModelConfig) -> set[str]:
@@ -71,6 +90,14 @@ def _by_name(name: str, linears: list[str], model: ModelConfig) -> set[str]:
         )
     if last in ("embed_tokens", "norm", "q_norm", "k_norm") or last.endswith("layernorm"):
         raise UserError("lora-target-unsupported", f"target_modules names {name}, which is no linear layer.")
+    if model.experts is not None and last in (
+        "gate",
+        "experts",
+        "gate_up_proj",
+        "down_proj",
+        *model.experts.projections,
+    ):
+        raise _no_experts(name)
     raise _unknown(name, linears)
 
 
@@ -105,7 +132,7 @@ def _modules(path: str, num_layers: int) -> list[str]:
     return [f"{head}{layers}{i}.{rest}" for i in range(num_layers)] if layers else [path]
 
 
-def _some_layers(name: str, path: str, hits: list[bool]) -> UserError:
+def _some_layers(name: Any, path: str, hits: list[bool]) -> UserError:
     layers = ", ".join(str(i) for i, hit in enumerate(hits) if hit)
     last = path.rpartition(".")[2]
     return UserError(

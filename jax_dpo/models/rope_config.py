@@ -39,8 +39,8 @@ KINDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 
 
-def read_rope(hf: dict[str, Any], longest: int, where: str = "config.json") -> Rope:
-    """The `Rope` of a config; `longest` is its max_position_embeddings.
+def read_rope(hf: dict[str, Any], longest: int, where: str = "config.json", *, default_theta: float = 10000.0) -> Rope:
+    """The `Rope` of a config; `longest` is its max_position_embeddings, `default_theta` the family's base where it names none.
 
     Raises UserError: rope-unknown for a kind or key without a known formula, rope-disagrees where two spellings in one
     file differ.
@@ -56,7 +56,8 @@ def read_rope(hf: dict[str, Any], longest: int, where: str = "config.json") -> R
         inner = block.get("rope_theta")
         if None not in (inner, theta) and inner != theta:
             raise UserError("rope-disagrees", f"{where}: rope_theta is {theta!r}, but {name}.rope_theta is {inner!r}.")
-        found[name] = _one(block, inner if inner is not None else theta, hf, longest, f"{where}: {name}")
+        base = next((x for x in (inner, theta) if x is not None), default_theta)
+        found[name] = _one(block, base, hf, longest, f"{where}: {name}")
     if len(found) == 2 and found["rope_parameters"] != _with_theta(found["rope_scaling"], found["rope_parameters"], hf):
         raise UserError(
             "rope-disagrees",
@@ -64,7 +65,7 @@ def read_rope(hf: dict[str, Any], longest: int, where: str = "config.json") -> R
         )
     if found:
         return next(iter(found.values()))
-    return Rope(theta=_number(theta if theta is not None else 10000.0, f"{where}: rope_theta"))
+    return Rope(theta=_number(theta if theta is not None else default_theta, f"{where}: rope_theta"))
 
 
 def _with_theta(scaling: Rope, parameters: Rope, hf: dict[str, Any]) -> Rope:
@@ -87,7 +88,7 @@ def _one(block: dict[str, Any], theta: Any, hf: dict[str, Any], longest: int, wh
     if missing:
         raise UserError("rope-unknown", f"{where} of kind {kind!r} lacks {', '.join(missing)}.")
     values = {k: v if k == "truncate" else _number(v, f"{where}.{k}") for k, v in given.items()}
-    base = _number(theta if theta is not None else 10000.0, f"{where}.rope_theta")
+    base = _number(theta, f"{where}.rope_theta")
     if kind == "default":
         return Rope(theta=base)
     if kind == "linear":

@@ -14,11 +14,15 @@ from jax_dpo.errors import UserError
 from jax_dpo.sharding.mesh import ROWS
 
 # Megatron's split (arXiv 1909.08053): heads and feed-forward over `tensor`, so that a block needs one reduction after attention and
-# one after the feed-forward; the other dimension over `fsdp`. Weights are [L, out, in], embeddings [V, D].
+# one after the feed-forward; the other dimension over `fsdp`. Weights are [L, out, in], embeddings [V, D]. Every device has its part of
+# every expert, so that tokens need not travel (`sharding/experts.py`): [L, E, out, in].
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(model\.embed_tokens|lm_head)\.weight", PartitionSpec("tensor", "fsdp")),
-    (r".*\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.weight", PartitionSpec(None, "tensor", "fsdp")),
-    (r".*\.(o_proj|down_proj)\.weight", PartitionSpec(None, "fsdp", "tensor")),
+    (r".*\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.weight", PartitionSpec(None, "tensor", "fsdp")),
+    (r".*\.(self_attn|mlp)\.(o_proj|down_proj)\.weight", PartitionSpec(None, "fsdp", "tensor")),
+    (r".*\.(block_sparse_moe|mlp)\.gate\.weight", PartitionSpec(None, None, "fsdp")),
+    (r".*\.experts\.(w1|w3|gate_proj|up_proj)\.weight", PartitionSpec(None, None, "tensor", "fsdp")),
+    (r".*\.experts\.(w2|down_proj)\.weight", PartitionSpec(None, None, "fsdp", "tensor")),
     (r".*\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.bias", PartitionSpec(None, "tensor")),
     (r".*\.(o_proj|down_proj)\.bias", PartitionSpec(None, None)),
     (r"model\.norm\.weight", PartitionSpec(None)),

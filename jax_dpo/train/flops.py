@@ -47,6 +47,9 @@ def work_of(config: ModelConfig, *, adapter: bool, reference: ModelConfig | None
     def parts(c: ModelConfig) -> tuple[int, int, int]:
         shapes = parameter_shapes(c)
         layers = sum(math.prod(s) for p, s in shapes.items() if p.startswith("model.layers.") and len(s) == 3)
+        if c.experts is not None:  # a token meets `per_token` of all experts
+            every = sum(math.prod(s) for s in shapes.values() if len(s) == 4)
+            layers += every * c.experts.per_token // c.experts.count
         return layers, 2 * c.num_layers * c.num_heads * c.head_dim, c.vocab_size * c.hidden_size
 
     (n, a, h), (n_ref, a_ref, h_ref) = parts(config), (0, 0, 0) if reference is None else parts(reference)

@@ -18,6 +18,7 @@ from jax_dpo.loss.scores import PairSums, pair_sums
 from jax_dpo.models.config import ModelConfig
 from jax_dpo.models.decoder import cast_for_compute, hidden_states, unembedding
 from jax_dpo.ops.token_stats.api import TokenStats, token_stats
+from jax_dpo.sharding.experts import spread_experts
 from jax_dpo.sharding.mesh import replicated
 from jax_dpo.sharding.rules import activations, like_params, shardings
 from jax_dpo.sharding.tables import lookup, parts_of
@@ -38,6 +39,7 @@ def _scored(facts: Facts, config: ModelConfig, params: Tree, batch: Batch, mesh:
         batch.branch,
         constrain=constrain,
         lookup=lookup(mesh),
+        experts=spread_experts(mesh),
         implementation=facts.attention,
         **options,
     )

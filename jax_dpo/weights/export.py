@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from jax_dpo.errors import UserError
-from jax_dpo.models.config import Rope, parameter_shapes
+from jax_dpo.models.config import Rope, layers_of, parameter_shapes
 from jax_dpo.models.families import model_config
 from jax_dpo.weights.huggingface import ADAPTER_FILES, INDEX, SINGLE
-from jax_dpo.weights.leaves import DTYPES, layer_of
-from jax_dpo.weights.names import is_stacked, tensor_names
+from jax_dpo.weights.leaves import DTYPES, part_of
+from jax_dpo.weights.names import is_stacked, tensors_of
 from jax_dpo.weights.place import placing
 from jax_dpo.weights.safetensors_file import Entry, write_file
 
@@ -97,12 +97,11 @@ def _entries(hf_config: Mapping[str, Any], arrays: Mapping[str, Any]) -> list[En
         if tuple(arrays[path].shape) != shape:
             raise ValueError(f"{path} is {tuple(arrays[path].shape)}, expected {shape}")
         value = _on_host(arrays[path])
-        for layer, name in enumerate(tensor_names(path, config.num_layers)):
-            if is_stacked(path):
-                found.append((layer, Entry(name, shape[1:], partial(layer_of, value, layer))))
-            else:
-                place = -1 if path.startswith("model.embed_tokens") else config.num_layers
-                found.append((place, Entry(name, shape, partial(layer_of, value, None))))
+        outside = -1 if path.startswith("model.embed_tokens") else config.num_layers
+        layers = layers_of(config, path)
+        for name, place in tensors_of(config, path):
+            layer = layers[place[0]] if is_stacked(path) else outside
+            found.append((layer, Entry(name, shape[len(place) :], partial(part_of, value, place))))
     return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
 
 

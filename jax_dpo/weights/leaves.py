@@ -62,7 +62,8 @@ class FileTensor:
 
 @dataclass(frozen=True)
 class Stacked:
-    """The same tensor of all layers as one leaf [L, ...]; only the layers asked for are read."""
+    """Equal tensors as one leaf: those of all layers, [L, ...], or inside a layer those of all experts, [E, ...]. Only those asked for
+    are read."""
 
     parts: tuple[Leaf, ...]
 
@@ -109,6 +110,31 @@ class InMemory:
         return np.array(self.array[index])
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A range of the first axis of a leaf's part at `place`."""
+
+    leaf: Leaf
+    place: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.leaf.shape[len(self.place) + 1 :])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.leaf.dtype
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        first, *rest = full_index(index, len(self.shape))
+        at = range(self.start, self.stop)[first]
+        if isinstance(at, range):
+            at = slice(at.start, at.stop, at.step)  # type: ignore[assignment]
+        return self.leaf.read((*self.place, at, *rest))  # type: ignore[arg-type]
+
+
 def full_index(index: Index, ndim: int) -> list[slice | int]:
     """`index` with one entry for each of `ndim` axes."""
     given = list(index)
@@ -119,8 +145,11 @@ def full_index(index: Index, ndim: int) -> list[slice | int]:
     return [entry for entry in given if not isinstance(entry, EllipsisType)]
 
 
+def part_of(value: Any, place: tuple[int, ...]) -> np.ndarray:
+    """The tensor at a place of a leaf, a numpy array or a jax array, as numpy; the whole for ()."""
+    return value.read(place) if hasattr(value, "read") else np.asarray(value[place] if place else value)
+
+
 def layer_of(value: Any, layer: int | None) -> np.ndarray:
     """One layer (or, for None, the whole) of a leaf, a numpy array or a jax array, as numpy."""
-    if hasattr(value, "read"):
-        return value.read(() if layer is None else (layer,))
-    return np.asarray(value if layer is None else value[layer])
+    return part_of(value, () if layer is None else (layer,))

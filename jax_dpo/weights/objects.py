@@ -33,8 +33,8 @@ class TorchTensor:
 
     def read(self, index: Index = ()) -> np.ndarray:
         # numpy knows no bfloat16 of torch's; float32 holds every one of them exactly.
-        whole = self.tensor.detach().float().cpu().numpy()
-        return np.array(whole[index]).astype(self.dtype)
+        part = self.tensor.detach()[tuple(index)].float().cpu().numpy()
+        return np.array(part).astype(self.dtype)
 
 
 def is_model_object(thing: Any) -> bool:

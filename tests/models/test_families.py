@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from jax_dpo.errors import UserError
-from jax_dpo.models.config import Rope, parameter_shapes
+from jax_dpo.models.config import Experts, Rope, layers_of, parameter_shapes
 from jax_dpo.models.families import FAMILIES, model_config
 from jax_dpo.models.rope_config import read_rope
+from jax_dpo.weights.names import tensors_of
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "models"
 
@@ -50,15 +51,13 @@ def test_parameter_shapes_are_those_of_the_file(family: str) -> None:
     from safetensors.numpy import load_file
 
     stored = {name: array.shape for name, array in load_file(GOLDEN / family / "model.safetensors").items()}
-    shapes = parameter_shapes(model_config(config(family)))
-    layers = len(model_config(config(family)).layer_ropes)
+    found = model_config(config(family))
+    shapes = parameter_shapes(found)
     expected = {}
     for path, shape in shapes.items():
         if path.startswith("model.layers."):
-            assert shape[0] == layers
-            expected.update({path.replace("layers.", f"layers.{i}."): shape[1:] for i in range(layers)})
-        else:
-            expected[path] = shape
+            assert shape[0] == len(layers_of(found, path))
+        expected |= {name: shape[len(place) :] for name, place in tensors_of(found, path)}
     assert expected == stored
 
 
@@ -103,6 +102,34 @@ def test_gelu_of_gemmas_first_files_is_the_one_with_tanh() -> None:
     refused("config-attribute-invalid", config("gemma", hidden_activation="silu"))
 
 
+def test_mixtures_of_experts() -> None:
+    mixtral, qwen = model_config(config("mixtral")), model_config(config("qwen3_moe"))
+    assert mixtral.experts == Experts(4, 2, 48, True, "block_sparse_moe", ("w1", "w3", "w2"), 0.001)
+    assert qwen.experts == Experts(6, 2, 24, True, "mlp", ("gate_proj", "up_proj", "down_proj"), 0.001, (1,))
+    assert model_config(config("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=None)).experts.dense_layers == (0, 2)
+    assert model_config(config("qwen3_moe", mlp_only_layers=[0, 1, 2])).experts is None
+    # transformers' MixtralConfig: no window, base 1e6, eight experts.
+    bare = model_config(
+        config("mixtral", rope_parameters="removed", num_local_experts="removed", rms_norm_eps="removed")
+    )
+    assert (bare.layer_ropes[0], bare.experts.count, bare.rms_norm_eps) == (Rope(1e6), 8, 1e-5)
+    assert model_config(config("mixtral", sliding_window=9)).layer_windows == (9, 9)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "word"),
+    [
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok"),
+        ("mixtral", {"router_aux_loss_coef": -1.0}, "router_aux_loss_coef"),
+        ("qwen3_moe", {"num_experts": 8}, "num_local_experts"),
+        ("qwen3_moe", {"mlp_only_layers": [3]}, "mlp_only_layers"),
+    ],
+)
+def test_what_a_mixture_cannot_be(family: str, changes: dict[str, Any], word: str) -> None:
+    assert word in refused("config-attribute-invalid", config(family, **changes))
+
+
 def test_what_cannot_be_gemma() -> None:
     assert "use_bidirectional_attention" in refused(
         "config-attribute-unknown", config("gemma2", use_bidirectional_attention=True)
@@ -136,7 +163,7 @@ def test_defaults_of_transformers_for_what_is_left_out() -> None:
 
 def test_unknown_family_lists_those_that_are_known() -> None:
     text = refused("family-unknown", {"model_type": "mamba"})
-    assert "'mamba'" in text and "gemma, gemma2, llama, mistral, qwen2, qwen3" in text
+    assert "'mamba'" in text and "gemma, gemma2, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe" in text
     refused("family-unknown", {})
     assert "LlamaForSequenceClassification" in refused(
         "architecture-unknown", config(architectures=["LlamaForSequenceClassification"])
@@ -164,12 +191,16 @@ def test_no_attribute_is_ignored_by_accident() -> None:
         "attention_dropout": 0.1,
         "layer_types": ["sliding_attention", "full_attention"],
         "max_window_layers": 0,
+        "mlp_only_layers": [0],
+        "router_jitter_noise": 0.1,
         "sliding_window": 3,
     }
     for family in FAMILIES:
         hf = config(family)
         if family.startswith("qwen"):  # so that the attributes of the window count
-            hf |= {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "layer_types": None}
+            hf |= {"use_sliding_window": True, "sliding_window": 9}
+        if family in ("qwen2", "qwen3"):
+            hf |= {"max_window_layers": 1, "layer_types": None}
         before = model_config(hf)
         for name, value in hf.items():
             if name in IGNORABLE:

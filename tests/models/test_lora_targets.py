@@ -32,6 +32,9 @@ def test_targets_as_peft_resolves_them() -> None:
     assert last(["self_attn.k_proj", "down_proj", "lm_head"]) == "k_proj down_proj lm_head"
     assert last(r".*\.(q|v)_proj") == "q_proj v_proj"
     assert last(r"model\.layers\.\d+\.mlp\..*_proj") == "gate_proj up_proj down_proj"
+    # Routers and experts are no nn.Linear in transformers 5, so "all-linear" leaves them out.
+    assert last("all-linear", "mixtral") == "q_proj k_proj v_proj o_proj"
+    assert last(None, "mixtral") == last(None, "gemma2") == "q_proj v_proj"
     assert resolve_targets(["q_proj"], model()) == ("model.layers.self_attn.q_proj",)
 
 
@@ -48,6 +51,12 @@ def test_targets_as_peft_resolves_them() -> None:
         (r"model\.layers\.1\.mlp\.up_proj", "llama", "lora-target-unsupported", ["up_proj", "layers 1"]),
         (["lm_head"], "qwen3", "lora-target-unsupported", ["lm_head", "ties"]),
         (["embed_tokens"], "llama", "lora-target-unsupported", ["no linear layer"]),
+        (["q_proj", "gate"], "mixtral", "lora-target-unsupported", ["gate", "router"]),
+        (["w1"], "mixtral", "lora-target-unsupported", ["w1", "experts"]),
+        (["down_proj"], "mixtral", "lora-target-unsupported", ["down_proj", "experts"]),
+        (["experts"], "qwen3_moe", "lora-target-unsupported", ["experts"]),
+        (["up_proj"], "qwen3_moe", "lora-target-unsupported", ["up_proj", "layers 1"]),
+        (None, "qwen3_moe", "lora-target-unknown", ["qwen3_moe", "q_proj"]),
     ],
 )
 def test_targets_that_name_nothing_here(targets: Any, family: str, name: str, words: list[str]) -> None:

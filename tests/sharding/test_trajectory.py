@@ -100,6 +100,19 @@ def gemma2_on_one_device() -> tiny.Trajectory:
     return tiny.run(tiny.engine_on(ONE, adam_epsilon=EPSILON, shape=tiny.gemma2()))
 
 
+@lru_cache(maxsize=1)
+def mixtral_on_one_device() -> tiny.Trajectory:
+    return tiny.run(tiny.engine_on(ONE, adam_epsilon=EPSILON, shape=tiny.mixtral()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", tiny.MESHES)
+def test_meshes_take_the_same_steps_through_experts(mesh: tuple[int, int, int]) -> None:
+    found = tiny.run(tiny.engine_on(mesh, adam_epsilon=EPSILON, shape=tiny.mixtral()))
+    check_start(found)
+    check_same(found, mixtral_on_one_device())
+
+
 @pytest.mark.parametrize("in_chunks", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_meshes_take_the_same_steps_where_logits_are_capped(in_chunks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 2, its vocabulary over two devices."""

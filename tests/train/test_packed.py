@@ -32,6 +32,7 @@ SHAPES = {
     "llama": tiny.shape_of(num_hidden_layers=2),
     "windows": windowed(),
     "gemma2": tiny.gemma2(),
+    "mixtral": tiny.mixtral(),
     "norms of q and k, tied": replace(tiny.shape_of(num_hidden_layers=2, tie_word_embeddings=True), qk_norm=True),
 }
 
@@ -96,6 +97,8 @@ def token_weights(batch: Batch, pairs: list[int], engine: Engine) -> tuple[np.nd
         ("windows", {"gradient_checkpointing": False}),
         ("norms of q and k, tied", {}),
         ("gemma2", {}),
+        ("mixtral", {}),
+        pytest.param("mixtral", {"gradient_checkpointing": False}, marks=pytest.mark.slow),
         pytest.param("windows", {"share_prompt": False}, marks=pytest.mark.slow),
     ],
 )

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from jax_dpo.errors import UserError
 from jax_dpo.models.families import FAMILIES
 from jax_dpo.weights import open_model, resolve_model
-from jax_dpo.weights.names import peft_names, tensor_names, tree_path
+from jax_dpo.weights.names import peft_names, tensor_names, tensors_of, tree_path
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 MODELS = GOLDEN / "models"
@@ -60,11 +60,11 @@ def test_leaves_are_the_tensors_stacked(family: str) -> None:
     stored = load_file(MODELS / family / "model.safetensors")
     seen = set()
     for path, leaf in files.leaves.items():
-        names = tensor_names(path, files.config.num_layers)
-        seen |= set(names)
-        expected = np.stack([stored[n] for n in names]) if "layers." in path else stored[path]
-        assert leaf.shape == expected.shape and leaf.dtype == expected.dtype
-        assert np.array_equal(leaf.read(), expected)
+        whole = leaf.read()
+        assert leaf.shape == whole.shape and leaf.dtype == whole.dtype == np.float32
+        for name, place in tensors_of(files.config, path):
+            assert np.array_equal(whole[place], stored[name])
+            seen.add(name)
     assert seen == set(stored)
     assert files.dtype == "float32" and files.tokenizer_files() == {}
     assert files.generation_config == (MODELS / family / "generation_config.json").read_bytes()
@@ -226,6 +226,9 @@ class FakeTensor:
     def __init__(self, array: np.ndarray, dtype: str) -> None:
         self.array, self.dtype, self.shape = array, f"torch.{dtype}", array.shape
 
+    def __getitem__(self, index: Any) -> FakeTensor:
+        return FakeTensor(self.array[index], self.dtype.removeprefix("torch."))
+
     def detach(self) -> FakeTensor:
         return self
 
@@ -239,15 +242,59 @@ class FakeTensor:
         return self.array
 
 
+def in_memory(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The names that transformers 5 has in memory: experts of a layer in two tensors, gate before up."""
+    found: dict[str, Any] = {}
+    for name, x in stored.items():
+        layer, experts, rest = name.rpartition(".experts.")
+        layer = layer.replace("block_sparse_moe", "mlp")
+        if not experts:
+            found[name.replace("block_sparse_moe", "mlp")] = x
+            continue
+        number, projection = int(rest.split(".")[0]), rest.split(".")[1]
+        key = "down_proj" if projection in ("w2", "down_proj") else "gate_up_proj"
+        parts = found.setdefault(f"{layer}.experts.{key}", {})
+        parts[number, projection in ("w3", "up_proj")] = x
+    for name, parts in found.items():
+        if isinstance(parts, dict):
+            half = lambda up, parts=parts: np.stack([parts[k] for k in sorted(parts) if k[1] == up])  # noqa: E731
+            found[name] = np.concatenate([half(up) for up in (False, True) if any(k[1] == up for k in parts)], axis=1)
+    return found
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_in_one_tensor_are_read_as_those_of_files(family: str, tmp_path: Path) -> None:
+    """Of a model object, and of a directory that was saved so. Oracle: the file with one tensor an expert."""
+    from jax_dpo.weights.objects import open_object
+
+    model = tmp_path / "fused"
+    shutil.copytree(MODELS / family, model)
+    fused = in_memory(load_file(model / "model.safetensors"))
+    assert any(name.endswith("mlp.experts.gate_up_proj") for name in fused)
+    save_file(fused, model / "model.safetensors")
+    want = open_model(MODELS / family).leaves
+    for files in (open_object(FakeModel("float32", family)), open_model(model)):
+        assert set(files.leaves) == set(want)
+        for path, leaf in want.items():
+            assert np.array_equal(files.leaves[path].read(), leaf.read())
+            part = (slice(1, 2), slice(1, None, 2)) if ".experts." in path else (slice(0, 1),)
+            assert np.array_equal(files.leaves[path].read(part), leaf.read()[part])
+    gone = next(name for name in fused if name.endswith("down_proj") and "experts" in name)
+    fused[gone] = fused[gone][:-1]
+    save_file(fused, model / "model.safetensors")
+    assert gone in refused(model, "tensors-differ")
+
+
 class FakeModel:
     name_or_path = "tiny"
 
-    def __init__(self, dtype: str, **more: Any) -> None:
+    def __init__(self, dtype: str, family: str = "qwen3", **more: Any) -> None:
         from transformers import AutoConfig
 
-        self.config = AutoConfig.from_pretrained(str(MODELS / "qwen3"))
-        stored = load_file(MODELS / "qwen3" / "model.safetensors")
-        stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
+        self.config = AutoConfig.from_pretrained(str(MODELS / family))
+        stored = load_file(MODELS / family / "model.safetensors")
+        stored.setdefault("lm_head.weight", stored["model.embed_tokens.weight"])
+        stored = in_memory(stored)
         self.tensors = {name: FakeTensor(x, dtype) for name, x in stored.items()}
         self.__dict__.update(more)
 
