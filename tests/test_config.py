@@ -79,6 +79,7 @@ TRL_DEFAULTS: dict[str, Any] = {
     "resume_from_checkpoint": None,
     "precompute_ref_log_probs": False,
     "precompute_ref_batch_size": None,
+    "router_aux_loss_coef": None,
     "sync_ref_model": False,
     "ref_model_mixup_alpha": 0.6,
     "ref_model_sync_steps": 512,

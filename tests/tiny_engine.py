@@ -93,7 +93,7 @@ def pairing_of(config: ModelConfig, *, lora: bool = False, dropout: float = 0.0,
     policy = policy_of(config, seed)
     if not lora:
         return Pairing(policy, START)
-    targets = ["q_proj", "o_proj", "down_proj"]
+    targets = ["q_proj", "o_proj"] + (["down_proj"] if config.experts is None else [])
     wanted = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
     return Pairing(policy.with_adapter(new_adapter(wanted, config, 0)), BASE)
 

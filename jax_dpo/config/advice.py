@@ -91,7 +91,6 @@ ADVICE: dict[str, str] = {
     ),
     "dataset_kwargs": _FORMAT,
     # TRL 1.16's DPO options that are still to come.
-    "router_aux_loss_coef": Advice(f"{_LATER}; the model families of this version have no router", None),
     "activation_offloading": Advice(
         f"{_LATER}; gradient_checkpointing: true and micro_batch_tokens save memory", False
     ),

@@ -152,6 +152,14 @@ class DPOConfig(TrainingOptions):
     )
     use_weighting: bool = option(False, "Weigh pairs by the policy's probability of them (WPO).", group="Loss")
     discopop_tau: float = option(0.05, "Temperature of the discopop loss.", group="Loss", check=above(0))
+    router_aux_loss_coef: float | None = option(
+        None,
+        "Weight of the loss that balances the experts of a mixture, made as TRL makes it: over both padded rows of the "
+        "per_device_train_batch_size pairs that it computes together, so prompt tokens count twice. Unset, the model's own; 0 "
+        "switches it off.",
+        group="Loss",
+        check=at_least(0),
+    )
     disable_dropout: bool = option(True, "No dropout, LoRA's included.", group="Loss")
 
     precompute_ref_log_probs: bool = option(

@@ -44,6 +44,10 @@ class Batch(NamedTuple):
     """[R, K] float32 the token's share of the `sft` term, where the loss has one."""
     ref_logps: Any = None
     """[R, S, 2] float32 the reference's log-probabilities of both answers, where they were computed before training."""
+    owner: Any = None
+    """[R, T] int32 the pair slot that each token belongs to, S for padding; where a router's loss is made."""
+    copies: Any = None
+    """[R, T] int32 in how many of its two padded rows TRL has the token: 2 in a shared prompt; beside `owner`."""
     group: Any = None
     """[R, S, 2] int32 TRL's micro-batch in the step and the pair's place in it, where a loss mixes its pairs; -1 in an empty slot."""
 
@@ -64,7 +68,13 @@ def tree_tokens(tree: Tree) -> int:
 
 
 def empty_batch(
-    rows: int, shape: RowShape, *, token_weight: bool = False, sft: bool = False, group: bool = False
+    rows: int,
+    shape: RowShape,
+    *,
+    token_weight: bool = False,
+    sft: bool = False,
+    group: bool = False,
+    router: bool = False,
 ) -> Batch:
     """Rows of nothing but padding."""
     R, T, K, S = rows, shape.row_tokens, shape.row_scored, shape.row_pairs
@@ -82,6 +92,8 @@ def empty_batch(
         index=np.full((R, S), -1, np.int32),
         token_weight=np.zeros((R, K), np.float32) if token_weight else None,
         sft_weight=np.zeros((R, K), np.float32) if sft else None,
+        owner=np.full((R, T), S, np.int32) if router else None,
+        copies=ints(R, T) if router else None,
         group=np.full((R, S, 2), -1, np.int32) if group else None,
     )
 
@@ -93,7 +105,7 @@ class _Row:
         self.batch, self.row = batch, row
         self.at = self.scored = self.trees = self.slots = 0
 
-    def _tokens(self, ids: np.ndarray, branch: int, first_position: int) -> int:
+    def _tokens(self, ids: np.ndarray, branch: int, first_position: int, copies: int = 1) -> int:
         """Writes ids at the end of the row; returns where they begin."""
         b, r, start = self.batch, self.row, self.at
         stop = start + len(ids)
@@ -101,6 +113,9 @@ class _Row:
         b.positions[r, start:stop] = np.arange(first_position, first_position + len(ids))
         b.pair[r, start:stop] = self.trees
         b.branch[r, start:stop] = branch
+        if b.owner is not None:
+            b.owner[r, start:stop] = self.slots
+            b.copies[r, start:stop] = copies
         self.at = stop
         return start
 
@@ -128,7 +143,7 @@ class _Row:
         ):
             if side == 0 or not tree.shared:
                 self.trees += 1
-                start = self._tokens(prompt, 0, 0)
+                start = self._tokens(prompt, 0, 0, 2 if tree.shared else 1)
                 before = start + len(prompt) - 1 if len(prompt) else -1
             start = self._tokens(answer, side + 1, len(prompt))
             here = self._score(answer, start, before, side)

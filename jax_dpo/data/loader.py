@@ -30,7 +30,7 @@ class Feed:
 
     `first_row` and `last_row` are the rows of a micro-batch (of `shape.rows * row_shards` in all) that this process fills;
     `most` is the number of micro-batches that every step's arrays have room for. `whole_groups`: the pairs of each of TRL's
-    micro-batches lie in one micro-batch here, for losses that mix them.
+    micro-batches lie in one micro-batch here, for losses that mix them. `router`: tokens say whose they are.
     """
 
     shape: RowShape
@@ -41,6 +41,7 @@ class Feed:
     ld_alpha: float | None = None
     sft: bool = False
     whole_groups: bool = False
+    router: bool = False
 
     @property
     def rows(self) -> int:
@@ -83,6 +84,7 @@ def _arrays(source: PairSource, placed: Sequence[Placed], parts: list[Rows], fee
     """The rows of each micro-batch as [most, this process's rows, ...] arrays."""
     mine = feed.last_row - feed.first_row
     kinds = {"token_weight": feed.ld_alpha is not None, "sft": feed.sft, "group": feed.whole_groups}
+    kinds["router"] = feed.router
     filled = []
     for a in range(most):
         part = empty_batch(mine, feed.shape, **kinds)

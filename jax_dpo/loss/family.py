@@ -33,11 +33,18 @@ class LossOptions:
     discopop_tau: float = 0.05
     use_weighting: bool = False
     kl_reduction: str = "token"
+    router_coef: float = 0.0
+    """weight of the router's balancing loss (`loss/router.py`); 0 where there is no router, or it is off"""
 
     @property
     def mixes_pairs(self) -> bool:
-        """Whether a term needs all pairs of one of TRL's micro-batches together."""
+        """Whether a term sorts the pairs of one of TRL's micro-batches."""
         return any(name in AOT_TYPES for name in self.types)
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether a term needs all pairs of one of TRL's micro-batches together."""
+        return self.mixes_pairs or self.router_coef > 0
 
 
 class Scores(NamedTuple):

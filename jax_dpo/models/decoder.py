@@ -193,19 +193,23 @@ def forward(
         x, routing = block(x, cos[rope], sin[rope], mix, key, real=real, experts=experts)
         return constrain(x), None if watch is None or routing is None else watch(routing)
 
-    # What is kept between forward and backward: with `remat` the attention alone, else the products of the linear layers too. What
-    # lies between them (norms, activations, rotations) costs less to make again than to write and read.
-    kept = ("attention_out", "attention_lse", *(() if remat else ("linear_out",)))
-    policy = jax.checkpoint_policies.save_only_these_names(*kept)
     x = embed(config, constrain(lookup(params["model"]["embed_tokens"]["weight"], tokens)))
     index = jnp.arange(config.num_layers, dtype=jnp.int32)
     per_layer = jnp.asarray(window_of_layer), jnp.asarray(rope_of_layer), index
     watched = []
     for graph, weights, layers in blocks(config, params):
-        run = jax.checkpoint(partial(body, graph), policy=policy, prevent_cse=False)
+        run = jax.checkpoint(partial(body, graph), policy=_kept(remat), prevent_cse=False)
         x, seen = jax.lax.scan(run, x, (weights, *(a[layers] for a in per_layer)))
         watched += [] if seen is None else [seen]
     return last_norm(config, params, x), watched
+
+
+def _kept(remat: bool) -> Any:
+    """What is kept between forward and backward: with `remat` the attention alone, else the products of the linear layers too. What
+    lies between them (norms, activations, rotations) costs less to make again than to write and read."""
+    return jax.checkpoint_policies.save_only_these_names(
+        "attention_out", "attention_lse", *(() if remat else ("linear_out",))
+    )
 
 
 def last_norm(config: ModelConfig, params: Mapping[str, Any], x: jax.Array) -> jax.Array:

@@ -75,11 +75,14 @@ def abstract_frozen(facts: Facts, mesh: Mesh) -> Frozen:
     return Frozen(base, tree(facts.reference, True if facts.reference_on_base else None))
 
 
-def abstract_batch(mesh: Mesh, shape: RowShape, micro_batches: int, *, ref_logps: bool = False) -> Batch:
-    """Shapes and shardings [A, R, ...] of a step's batch; `ref_logps`: with the reference's sums in it."""
+def abstract_batch(
+    mesh: Mesh, shape: RowShape, micro_batches: int, *, ref_logps: bool = False, router: bool = False
+) -> Batch:
+    """Shapes and shardings [A, R, ...] of a step's batch; `ref_logps`: with the reference's sums in it; `router`: with what the router's
+    loss needs."""
     rows = shape.rows * row_shards(mesh)
     place = NamedSharding(mesh, PartitionSpec(None, ROWS))
-    one = empty_batch(1, shape)
+    one = empty_batch(1, shape, group=router, router=router)
     if ref_logps:
         one = one._replace(ref_logps=np.zeros(one.length.shape, np.float32))
     return jax.tree.map(
@@ -112,7 +115,7 @@ def lower_step(
     return step.lower(
         state,
         abstract_frozen(facts, mesh),
-        abstract_batch(mesh, shape, micro_batches, ref_logps=facts.precomputed),
+        abstract_batch(mesh, shape, micro_batches, ref_logps=facts.precomputed, router=options.router_coef > 0),
         scalar(np.int32),
         Knobs(*(scalar(np.float32) for _ in Knobs._fields)),
         _laid(key, everywhere),

@@ -8,12 +8,14 @@ from functools import partial
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from jax_dpo.ops.experts.api import mixture
 from jax_dpo.sharding.mesh import ROWS
 
+Run = Callable[..., jax.Array]
 
-def spread_experts(mesh: Mesh) -> Callable[..., jax.Array]:
-    """`mixture` of rows [R, T, ...] that lie over (data, fsdp), with matrices [E, F, D] and [E, D, F] as the rules lay them.
+
+def spread_experts(mesh: Mesh, one_device: Run) -> Run:
+    """`one_device` (`models.experts.everywhere`) for rows [R, T, ...] that lie over (data, fsdp), with matrices [E, F, D] and [E, D, F]
+    as the rules lay them.
 
     Every device sorts the tokens of its own rows, gathers the matrices along `fsdp` (the gradient goes back by a reduce-scatter) and
     has its part of F, whose results are summed over `tensor`. Left to the automatic partitioner, the sort would go over all devices.
@@ -37,8 +39,7 @@ def spread_experts(mesh: Mesh) -> Callable[..., jax.Array]:
             if model is not None:
                 collect = partial(jax.lax.all_gather, axis_name=model, tiled=True)
                 matrices = tuple(collect(w, axis=axis) for w, axis in zip(matrices, (2, 2, 1), strict=True))
-            flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
-            y = mixture(flat(x), flat(chosen), flat(share), *matrices, act=act).reshape(x.shape)
+            y = one_device(x, chosen, share, *matrices, act)
             return jax.lax.psum(y, inner) if inner is not None else y
 
         rows = PartitionSpec(ROWS, None, None)

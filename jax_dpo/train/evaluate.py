@@ -8,24 +8,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_dpo.arrays import Tree
 from jax_dpo.data.batch import Batch
 from jax_dpo.loss.family import LossOptions, mixed_loss
+from jax_dpo.loss.router import RouterSums, balance
 from jax_dpo.loss.scores import CHOSEN, PairSums
 from jax_dpo.train import metrics
 from jax_dpo.train.state import Frozen, Knobs
 
-Evaluator = Callable[[Tree, Frozen, Batch, Knobs], tuple[Any, PairSums]]
+Evaluator = Callable[[Tree, Frozen, Batch, Knobs], tuple[Any, PairSums, RouterSums | None]]
 
 
 @dataclass(frozen=True)
 class EvalSet:
     """A held-out set: its name (None where it is the only one), its pairs' number and its batches on the devices, anew each time.
 
-    `group` pairs are one of TRL's evaluation batches, over which the `sft` term is a mean and in which `aot*` sorts.
+    `group` pairs are one of TRL's evaluation batches, over which the `sft` term is a mean, in which `aot*` sorts and
+    for which the router's loss is made.
     """
 
     name: str | None
@@ -44,34 +47,57 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of a held-out set under `eval_` (and the set's name), with `runtime` and speed.
 
-    The loss is the mean over pairs; the `sft` term of a pair is the mean over the chosen tokens of its evaluation batch, and `aot*`
-    sorts within that batch.
+    The loss is the mean over pairs; the `sft` term of a pair is the mean over the chosen tokens of its evaluation batch, `aot*`
+    sorts within that batch, and the router's loss of a pair is that of the batch.
     """
     began = time.perf_counter()
-    seen: list[tuple[np.ndarray, np.ndarray, PairSums]] = []
+    seen: list[tuple[np.ndarray, Any]] = []
     for batch in held_out.batches():
-        loss, sums = run(params, frozen, batch, knobs)
-        seen.append((_whole(batch.index), np.asarray(loss), PairSums(*(np.asarray(x) for x in sums))))
-    index = np.concatenate([i.reshape(-1) for i, _, _ in seen])
+        results = run(params, frozen, batch, knobs)
+        seen.append((_whole(batch.index), jax.tree.map(np.asarray, results)))
+    index = np.concatenate([i.reshape(-1) for i, _ in seen])
     order = np.argsort(index)[np.sum(index < 0) :]  # in the order of the set: sums do not depend on the packing
-    loss = np.concatenate([x.reshape(-1) for _, x, _ in seen])[order]
-    sums = PairSums(*(np.concatenate([x.reshape(-1, 2) for x in xs])[order] for xs in zip(*(s for _, _, s in seen))))
-    if "sft" in options.types:
-        share = dict(zip(options.types, options.weights))["sft"]
-        which = np.arange(len(loss)) // held_out.group
-        logp, tokens = (np.bincount(which, x[:, CHOSEN].astype(np.float64)) for x in (sums.logp, sums.tokens))
-        loss = loss - share * (logp / np.maximum(tokens, 1.0))[which]
-    if options.mixes_pairs:
-        place = np.arange(len(loss))
-        group = np.stack([place // held_out.group, place % held_out.group], axis=-1)
-        one_row = PairSums(*(None if x is None else jnp.asarray(x)[None] for x in sums))
-        total = mixed_loss(one_row, jnp.asarray(group)[None], jnp.ones((1, len(loss))), knobs.beta, options)
-        loss = loss + float(total) / len(loss)
-    found = metrics.evaluation(loss.astype(np.float64), sums, float(knobs.beta))
+    join = lambda *xs: np.concatenate([x.reshape(-1, *x.shape[2:]) for x in xs])[order]  # noqa: E731
+    loss, sums, routers = jax.tree.map(join, *(results for _, results in seen))
+    loss = loss + _of_several(sums, held_out.group, knobs, options)
+    aux = None
+    if routers is not None:
+        aux = _of_routers(routers, held_out.group)
+        loss = loss + options.router_coef * aux
+    found = metrics.evaluation(loss.astype(np.float64), sums, float(knobs.beta), aux)
     seconds = time.perf_counter() - began
     found |= {"runtime": seconds, "samples_per_second": held_out.pairs / seconds}
     found["steps_per_second"] = math.ceil(held_out.pairs / held_out.group) / seconds
     return {held_out.prefix + name: value for name, value in found.items()}
+
+
+def _of_several(sums: PairSums, group: int, knobs: Knobs, options: LossOptions) -> np.ndarray:
+    """What the terms of several pairs add to the loss of each, [N]: `sft` and `aot*`, within `group` pairs after each other."""
+    place = np.arange(len(sums.tokens))
+    which = place // group
+    added = np.zeros(len(place))
+    if "sft" in options.types:
+        share = dict(zip(options.types, options.weights))["sft"]
+        logp, tokens = (np.bincount(which, x[:, CHOSEN].astype(np.float64)) for x in (sums.logp, sums.tokens))
+        added -= share * (logp / np.maximum(tokens, 1.0))[which]
+    if options.mixes_pairs:
+        groups = np.stack([which, place % group], axis=-1)
+        one_row = PairSums(*(None if x is None else jnp.asarray(x)[None] for x in sums))
+        total = mixed_loss(one_row, jnp.asarray(groups)[None], jnp.ones((1, len(place))), knobs.beta, options)
+        added += float(total) / len(place)
+    return added
+
+
+def _of_routers(sums: RouterSums, group: int) -> np.ndarray:
+    """The router's loss of each pair's evaluation batch, [N]."""
+    which = np.arange(len(sums.tokens)) // group
+
+    def of_batches(x: np.ndarray) -> np.ndarray:
+        total = np.zeros((which[-1] + 1, *x.shape[1:]))
+        np.add.at(total, which, x)
+        return total
+
+    return np.asarray(balance(RouterSums(*(of_batches(x) for x in sums))))[which]
 
 
 def _whole(x: Any) -> np.ndarray:

@@ -31,12 +31,16 @@ class Sums(NamedTuple):
     top1_chosen: jax.Array
     logratio: jax.Array
     """sum of log pi - log ref over all scored tokens"""
+    aux_loss: jax.Array
+    """the router's balancing loss, weighted as the loss is; 0 where there is none"""
     kl_tokens: jax.Array
     """scored tokens whose KL was computed: all, or none where the reference is sums made beforehand"""
 
 
-def step_sums(loss: jax.Array, sums: PairSums, weight: jax.Array, beta: jax.Array) -> Sums:
-    """The sums of one micro-batch; `weight` [R, S] is 0 in empty slots."""
+def step_sums(
+    loss: jax.Array, sums: PairSums, weight: jax.Array, beta: jax.Array, aux_loss: jax.Array | None = None
+) -> Sums:
+    """The sums of one micro-batch; `weight` [R, S] is 0 in empty slots, `aux_loss` the router's part of it."""
     still = jax.tree.map(jax.lax.stop_gradient, sums)
     reward = beta * still.logratio
     share = lambda x: jnp.sum(weight * x)  # noqa: E731
@@ -58,6 +62,7 @@ def step_sums(loss: jax.Array, sums: PairSums, weight: jax.Array, beta: jax.Arra
         logit_rejected=side(still.mean_logit, REJECTED),
         top1_chosen=side(still.top1, CHOSEN),
         logratio=jnp.sum(still.logratio),
+        aux_loss=jnp.zeros((), jnp.float32) if aux_loss is None else jax.lax.stop_gradient(aux_loss),
         kl_tokens=0.0 * jnp.sum(still.tokens) if still.kl is None else jnp.sum(still.tokens),
     )
 
@@ -75,6 +80,7 @@ def named(sums: Mapping[str, float]) -> dict[str, float]:
     tokens = max(s["tokens_chosen"] + s["tokens_rejected"], 1.0)
     return {
         "loss": s["loss"],
+        **({"aux_loss": s["aux_loss"]} if s["aux_loss"] != 0 else {}),  # never 0 where there is a router
         "rewards/chosen": s["reward_chosen"],
         "rewards/rejected": s["reward_rejected"],
         "rewards/accuracies": s["accuracy"],
@@ -105,7 +111,7 @@ def _not_negative(x: float) -> float:
 class Window:
     """Steps since the last log: token sums add up, shares are averaged over the steps."""
 
-    _OVER_STEPS = ("loss", "reward_chosen", "reward_rejected", "accuracy", "logp_chosen", "logp_rejected")
+    _OVER_STEPS = ("loss", "reward_chosen", "reward_rejected", "accuracy", "logp_chosen", "logp_rejected", "aux_loss")
 
     def __init__(self) -> None:
         self.steps = 0
@@ -121,12 +127,13 @@ class Window:
         return named({k: v / n if k in self._OVER_STEPS else v for k, v in self.total.items()})
 
 
-def evaluation(loss: np.ndarray, sums: PairSums, beta: float) -> dict[str, float]:
+def evaluation(loss: np.ndarray, sums: PairSums, beta: float, aux_loss: np.ndarray | None = None) -> dict[str, float]:
     """Metrics over an evaluation set, every pair counted once.
 
     Args:
       loss: [N] loss of each pair.
       sums: arrays [N, 2].
+      aux_loss: [N] the router's loss of each pair's evaluation batch, where there is one.
     """
     wide = PairSums(*(np.asarray(x, np.float64) for x in sums))
     reward = beta * np.asarray(wide.logratio)
@@ -148,6 +155,7 @@ def evaluation(loss: np.ndarray, sums: PairSums, beta: float) -> dict[str, float
             "logit_rejected": col(wide.mean_logit, REJECTED),
             "top1_chosen": col(wide.top1, CHOSEN),
             "logratio": float(np.asarray(wide.logratio).sum()),
+            "aux_loss": 0.0 if aux_loss is None else float(aux_loss.mean()),
             "kl_tokens": float(np.asarray(wide.tokens).sum()),
         }
     )

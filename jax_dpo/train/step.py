@@ -14,9 +14,11 @@ from jax.sharding import Mesh
 from jax_dpo.arrays import Tree, overlay
 from jax_dpo.data.batch import BRANCHES, Batch
 from jax_dpo.loss.family import LossOptions, mixed_loss, pair_loss
+from jax_dpo.loss.router import RouterSums, balance, of_group, router_sums, router_watch
 from jax_dpo.loss.scores import PairSums, pair_sums
 from jax_dpo.models.config import ModelConfig
-from jax_dpo.models.decoder import cast_for_compute, hidden_states, unembedding
+from jax_dpo.models.decoder import cast_for_compute, forward, unembedding
+from jax_dpo.models.experts import everywhere
 from jax_dpo.ops.token_stats.api import TokenStats, token_stats
 from jax_dpo.sharding.experts import spread_experts
 from jax_dpo.sharding.mesh import replicated
@@ -27,10 +29,12 @@ from jax_dpo.train.optimizer import clip
 from jax_dpo.train.state import Facts, Frozen, Knobs, TrainState
 
 
-def _scored(facts: Facts, config: ModelConfig, params: Tree, batch: Batch, mesh: Mesh, **options: Any) -> jax.Array:
-    """Hidden states [R, K, D] where the scored tokens are predicted."""
+def _scored(
+    facts: Facts, config: ModelConfig, params: Tree, batch: Batch, mesh: Mesh, **options: Any
+) -> tuple[jax.Array, list[Any]]:
+    """Hidden states [R, K, D] where the scored tokens are predicted, and what was watched of the routers."""
     constrain = partial(jax.lax.with_sharding_constraint, shardings=activations(mesh))
-    hidden = hidden_states(
+    hidden, watched = forward(
         config,
         params,
         batch.tokens,
@@ -39,30 +43,43 @@ def _scored(facts: Facts, config: ModelConfig, params: Tree, batch: Batch, mesh:
         batch.branch,
         constrain=constrain,
         lookup=lookup(mesh),
-        experts=spread_experts(mesh),
+        experts=spread_experts(mesh, everywhere),
         implementation=facts.attention,
         **options,
     )
-    return constrain(jnp.take_along_axis(hidden, batch.source[..., None], axis=1))
+    return constrain(jnp.take_along_axis(hidden, batch.source[..., None], axis=1)), watched
 
 
 def statistics(
     facts: Facts, params: Tree, frozen: Frozen, batch: Batch, mesh: Mesh, key: jax.Array | None
 ) -> TokenStats:
+    """Policy and reference on one micro-batch, without the routers: see `watched_statistics`."""
+    return watched_statistics(facts, params, frozen, batch, mesh, key)[0]
+
+
+def watched_statistics(
+    facts: Facts, params: Tree, frozen: Frozen, batch: Batch, mesh: Mesh, key: jax.Array | None
+) -> tuple[TokenStats, RouterSums | None]:
     """Policy and reference on one micro-batch: per-token statistics [R, K]. Gradients flow into `params` alone.
 
-    Where the reference's sums were made beforehand, it is not run, and what only it could tell is None.
+    Where the reference's sums were made beforehand, it is not run, and what only it could tell is None. The sums of the policy's
+    routers are made where the batch says whose its tokens are (`Batch.owner`).
     """
     dtype = jnp.dtype(facts.compute_dtype)
     base = jax.tree.map(jax.lax.stop_gradient, cast_for_compute(frozen.base, dtype))
     policy = overlay(base, cast_for_compute(params, dtype))
-    hidden = _scored(facts, facts.policy, policy, batch, mesh, remat=facts.remat, dropout_key=key)
+    slots = batch.weight.shape[1]
+    watch = None if batch.owner is None else router_watch(batch.owner, batch.copies, slots)
+    options: dict[str, Any] = {"remat": facts.remat, "dropout_key": key, "watch": watch}
+    hidden, watched = _scored(facts, facts.policy, policy, batch, mesh, **options)
+    routers = router_sums(watched, batch.owner, batch.copies, slots) if watched else None
     ref_hidden = ref_unembed = None
     if not facts.precomputed:
         reference = _reference(facts, frozen, base)
-        ref_hidden = jax.lax.stop_gradient(_scored(facts, facts.reference, reference, batch, mesh))
+        ref_hidden = jax.lax.stop_gradient(_scored(facts, facts.reference, reference, batch, mesh)[0])
         ref_unembed = None if facts.shared_head else unembedding(facts.reference, reference)
-    return _token_stats(facts, mesh, batch, hidden, unembedding(facts.policy, policy), ref_hidden, ref_unembed)
+    head = unembedding(facts.policy, policy)
+    return _token_stats(facts, mesh, batch, hidden, head, ref_hidden, ref_unembed), routers
 
 
 def _reference(facts: Facts, frozen: Frozen, base: Tree) -> Tree:
@@ -110,7 +127,7 @@ def micro_batch_loss(
     key: jax.Array | None,
 ) -> tuple[jax.Array, Sums]:
     """A micro-batch's part of the step's loss, and its sums: the loss of a step is the plain sum of its parts."""
-    stats = statistics(facts, params, frozen, batch, mesh, key)
+    stats, routers = watched_statistics(facts, params, frozen, batch, mesh, key)
     sums = _pairs(stats, batch)
     each = pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options)
     loss = jnp.sum(jnp.where(batch.weight > 0, batch.weight * each, 0.0))
@@ -119,7 +136,11 @@ def micro_batch_loss(
         loss = loss - share * jnp.sum(batch.sft_weight * stats.logp)
     if options.mixes_pairs:
         loss = loss + mixed_loss(sums, batch.group, batch.weight, knobs.beta, options)
-    return loss, step_sums(loss, sums, batch.weight, knobs.beta)
+    aux = None
+    if routers is not None:
+        aux = jnp.sum(batch.weight * balance(of_group(routers, batch.group)))
+        loss = loss + options.router_coef * aux
+    return loss, step_sums(loss, sums, batch.weight, knobs.beta, aux)
 
 
 def _accumulated(
@@ -207,15 +228,19 @@ def make_sync(mesh: Mesh, abstract: TrainState, mixup: float) -> Callable[[Train
 
 def make_evaluation(
     facts: Facts, options: LossOptions, mesh: Mesh
-) -> Callable[[Tree, Frozen, Batch, Knobs], tuple[jax.Array, PairSums]]:
-    """The jitted evaluation of one batch [R, ...]: loss of each pair [R, S] and its sums [R, S, 2], on every process.
+) -> Callable[[Tree, Frozen, Batch, Knobs], tuple[jax.Array, PairSums, RouterSums | None]]:
+    """The jitted evaluation of one batch [R, ...]: loss of each pair [R, S], its sums [R, S, 2] and those of its tokens' routers, on
+    every process.
 
-    Without the terms of `sft` and `aot*`, which are of several pairs: `evaluate` adds them.
+    Without the terms of `sft` and `aot*` and the router's loss, which are of several pairs: `evaluate` adds them.
     """
 
-    def evaluate(params: Tree, frozen: Frozen, batch: Batch, knobs: Knobs) -> tuple[jax.Array, PairSums]:
-        sums = _pairs(statistics(facts, params, frozen, batch, mesh, None), batch)
-        return pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options), sums
+    def evaluate(
+        params: Tree, frozen: Frozen, batch: Batch, knobs: Knobs
+    ) -> tuple[jax.Array, PairSums, RouterSums | None]:
+        stats, routers = watched_statistics(facts, params, frozen, batch, mesh, None)
+        sums = _pairs(stats, batch)
+        return pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options), sums, routers
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 
@@ -228,7 +253,7 @@ def make_reference_pass(facts: Facts, mesh: Mesh) -> Callable[[Frozen, Batch], t
 
     def run(frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
         reference = _reference(facts, frozen, cast_for_compute(frozen.base, jnp.dtype(facts.compute_dtype)))
-        hidden = _scored(facts, facts.reference, reference, batch, mesh)
+        hidden, _ = _scored(facts, facts.reference, reference, batch, mesh)
         stats = _token_stats(facts, mesh, batch, hidden, unembedding(facts.reference, reference))
         return batch.index, _pairs(stats, batch).logp
 

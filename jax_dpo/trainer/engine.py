@@ -31,7 +31,16 @@ from jax_dpo.train.plan import Plan
 from jax_dpo.train.state import TrainState
 from jax_dpo.train.step import make_evaluation, make_step, make_sync
 from jax_dpo.trainer.datasets import PairSet
-from jax_dpo.trainer.models import Pairing, facts_of, frozen_of, moving_reference, place, reference_tree, trained_leaves
+from jax_dpo.trainer.models import (
+    Pairing,
+    facts_of,
+    frozen_of,
+    moving_reference,
+    place,
+    reference_tree,
+    router_coef,
+    trained_leaves,
+)
 
 SAMPLED_STEPS = 32  # steps whose packing decides the batch shape
 COUNTED_PAIRS = 400_000  # up to so many pairs every step is packed ahead, to know the most micro-batches of any
@@ -108,7 +117,8 @@ class Engine:
 
     @cached_property
     def options(self) -> LossOptions:
-        return loss_options(self.config)
+        coef = router_coef(self.config.router_aux_loss_coef, self.pairing.policy.config)
+        return replace(loss_options(self.config), router_coef=coef)
 
     @cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -140,8 +150,8 @@ class Engine:
         return state._replace(params=place(trained_leaves(policy), self.mesh, "float32"))
 
     def check(self) -> None:
-        """Raises UserError where model, adapter and mesh do not go together, before anything is read or written."""
-        _ = self.facts
+        """Raises UserError where model, adapter, options and mesh do not go together, before anything is read or written."""
+        _ = self.facts, self.options
 
     def frozen(self, state: TrainState) -> Any:
         """Reference and base; `state` is the fresh one."""
@@ -191,28 +201,35 @@ class Engine:
         rows = shape.rows * shards
         first, last = row_range(self.mesh, rows)
         most = self._most_micro_batches(shape, shards, train, plan)
-        return Feed(shape, shards, first, last, most, c.ld_alpha, "sft" in self.options.types, self.options.mixes_pairs)
+        o = self.options
+        return Feed(shape, shards, first, last, most, c.ld_alpha, "sft" in o.types, o.whole_groups, o.router_coef > 0)
 
     def _least_rows(self, shards: int) -> int:
         """Rows that hold any one of TRL's micro-batches, a pair to a row at worst, where the loss mixes its pairs."""
-        return -(-self.config.per_device_train_batch_size // shards) if self.options.mixes_pairs else 1
+        return -(-self.config.per_device_train_batch_size // shards) if self.options.whole_groups else 1
+
+    @property
+    def _mixing(self) -> str:
+        pairs = f"the {self.config.per_device_train_batch_size} pairs of per_device_train_batch_size"
+        if self.options.mixes_pairs:
+            return f"loss_type {', '.join(self.config.loss_type)} sorts {pairs}"
+        return f"the router's loss (router_aux_loss_coef {self.options.router_coef:g}; 0 switches it off) is made over {pairs}"
 
     def _check_room(self, shape: RowShape) -> None:
         """Raises UserError where `micro_batch_tokens` leaves no room for one of TRL's micro-batches that a loss needs whole."""
         c, tokens = self.config, shape.rows * shape.row_tokens
-        if self.options.mixes_pairs and c.micro_batch_tokens is not None and tokens > c.micro_batch_tokens:
+        if self.options.whole_groups and c.micro_batch_tokens is not None and tokens > c.micro_batch_tokens:
             raise UserError(
                 "micro-batch-tokens-small",
-                f"micro_batch_tokens {c.micro_batch_tokens}: loss_type {', '.join(c.loss_type)} sorts the "
-                f"{c.per_device_train_batch_size} pairs of per_device_train_batch_size together, which takes up to {tokens} tokens at a "
-                f"time. Set it to {tokens}, or lower per_device_train_batch_size.",
+                f"micro_batch_tokens {c.micro_batch_tokens}: {self._mixing} together, which takes up to {tokens} tokens at a time. "
+                f"Set it to {tokens}, or lower per_device_train_batch_size.",
             )
 
     def _most_micro_batches(self, shape: RowShape, shards: int, train: PairSet | None, plan: Plan | None) -> int:
         if train is None or plan is None:
             return 1
         if plan.total * plan.pairs_per_step > COUNTED_PAIRS:
-            if self.options.mixes_pairs:
+            if self.options.whole_groups:
                 return plan.accumulation
             return micro_batches(min(plan.pairs_per_step, len(train)), shape, shards)
         most = 1
@@ -220,7 +237,7 @@ class Engine:
             groups = self.groups(plan.after(k))
             pairs = np.concatenate(groups)
             sizes = Sizes(train.sizes.tokens[pairs], train.sizes.scored[pairs])
-            most = max(most, len(layout(sizes, shape, shards, places(groups) if self.options.mixes_pairs else None)))
+            most = max(most, len(layout(sizes, shape, shards, places(groups) if self.options.whole_groups else None)))
         return most
 
     @cached_property

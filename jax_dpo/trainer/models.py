@@ -149,6 +149,23 @@ def facts_of(
     )
 
 
+def router_coef(given: float | None, policy: ModelConfig) -> float:
+    """The weight of the router's loss: as told, else the model's own; 0 for a model without a router.
+
+    Raises:
+      UserError: one is asked for and there is no router.
+    """
+    if policy.experts is not None:
+        return policy.experts.aux_loss_coef if given is None else given
+    if given:
+        raise UserError(
+            "router-missing",
+            f"router_aux_loss_coef is {given}, but the model ({policy.model_type}) is no mixture of experts: it has no router whose "
+            "choices could be balanced. Leave the option out.",
+        )
+    return 0.0
+
+
 def place(leaves: dict[str, Any], mesh: Mesh, dtype: str) -> Tree:
     """Parameters onto the mesh, shard by shard from where they lie; norm weights stay float32."""
     places = flatten(shardings(unflatten(leaves), mesh))

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -166,7 +166,7 @@ def _compute(
         display.busy(f"the reference's log-probabilities of pair {start + 1:,} of {n:,}")
         part = _Part(data, start, stop)
         rows = np.zeros((stop - start, 2), np.float32)
-        for made in evaluation_batches(part, part.sizes, feed):
+        for made in evaluation_batches(part, part.sizes, replace(feed, router=False)):
             index, sums = run(frozen, batch_to_devices(made, engine.mesh, feed.rows, leading=0))
             _put(rows, np.asarray(index), np.asarray(sums))
         values[start:stop] = rows

@@ -50,6 +50,24 @@ def test_evaluate_gives_the_numbers_of_the_run(run: Path, model: Path, data: Pat
         assert float(shown.split("│")[2]) == pytest.approx(last[name], rel=1e-4)
 
 
+def test_a_mixture_of_experts_trains(usual: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    """The router's loss is in the log under TRL's name, and in the loss: at the start that of two equal models is ln 2."""
+    mixture = tiny.make_model(tmp_path / "mixtral", "mixtral", num_local_experts=4, num_experts_per_tok=2)
+    options = {**usual, "model_name_or_path": mixture, "max_steps": 2, "router_aux_loss_coef": 0.5}
+    options |= {"eval_dataset": data / "eval.jsonl", "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+    ended = tiny.jax_dpo("train", *tiny.flags(options), "--output_dir", tmp_path / "out")
+    assert ended.code in (0, 3), ended.err
+    first, held_out = tiny.records(tmp_path / "out", "train")[0], tiny.records(tmp_path / "out", "eval")[-1]
+    assert 2 <= first["aux_loss"] <= 4 and 2 <= held_out["eval_aux_loss"] <= 4  # from k to E
+    assert first["loss"] - 0.5 * first["aux_loss"] == pytest.approx(np.log(2), abs=1e-5)
+    before, after = tiny.tensors(mixture), tiny.tensors(tmp_path / "out" / "final")
+    assert set(before) == set(after)
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert any(".experts.3.w2" in name for name in moved) and any(".gate." in name for name in moved)
+    wrong = tiny.jax_dpo("train", *tiny.flags(usual), "--router_aux_loss_coef", "0.1", "--output_dir", tmp_path / "no")
+    assert wrong.code == 2 and "router_aux_loss_coef" in wrong.err and not (tmp_path / "no").exists()
+
+
 def test_generate_answers_each_prompt(model: Path) -> None:
     ended = tiny.jax_dpo("generate", "--model", model, "--prompt", "Why?", "How?", "--max_new_tokens", 4)
     assert ended.code == 0, ended.err

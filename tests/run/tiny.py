@@ -31,7 +31,7 @@ def make_model(directory: Path, family: str = "llama", seed: int = 0, **config: 
     """A Hugging Face directory with random float32 weights of a scale at which a large learning rate does not blow up."""
     hf = {
         "model_type": family,
-        "architectures": ["Qwen3ForCausalLM" if family == "qwen3" else "LlamaForCausalLM"],
+        "architectures": [f"{family.title()}ForCausalLM"],
         "vocab_size": 512,
         "num_hidden_layers": 2,
         "max_position_embeddings": 256,
@@ -70,10 +70,15 @@ def _shapes(hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             layer + "self_attn.k_proj.weight": (kv, D),
             layer + "self_attn.v_proj.weight": (kv, D),
             layer + "self_attn.o_proj.weight": (D, q),
-            layer + "mlp.gate_proj.weight": (F, D),
-            layer + "mlp.up_proj.weight": (F, D),
-            layer + "mlp.down_proj.weight": (D, F),
         }
+        mlps = {"mlp.": ("gate_proj", "up_proj", "down_proj")}
+        if hf["model_type"] == "mixtral":
+            moe, names = layer + "block_sparse_moe.", ("w1", "w3", "w2")
+            shapes[moe + "gate.weight"] = (hf["num_local_experts"], D)
+            mlps = {f"block_sparse_moe.experts.{e}.": names for e in range(hf["num_local_experts"])}
+        for mlp, (gate, up, down) in mlps.items():
+            shapes |= {layer + mlp + f"{name}.weight": (F, D) for name in (gate, up)}
+            shapes[layer + mlp + f"{down}.weight"] = (D, F)
         if hf["model_type"] == "qwen3":
             shapes |= {layer + "self_attn.q_norm.weight": (H,), layer + "self_attn.k_norm.weight": (H,)}
     return shapes
