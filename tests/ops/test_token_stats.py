@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_dpo.arrays import TokenStats
 from jax_dpo.ops.token_stats import api, chunked, dense, reference
 
 
@@ -164,3 +165,14 @@ def test_the_policy_alone_has_the_numbers_it_has_beside_a_reference(
     one = jax.grad(lambda h, w: jnp.sum(pull * stats(h, None, w, None, target).logp), argnums=(0, 1))(h, w)
     for a, b in zip(one, both):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_a_reference_may_have_another_width(name: str) -> None:
+    h, _, w, _, target = inputs(V=96)
+    _, h_ref, _, w_ref, _ = inputs(V=96, D=20)
+    found = VERSIONS[name](h, h_ref, w, w_ref, target)
+    for field, want in zip(TokenStats._fields, by_hand(h, h_ref, w, w_ref, target)):
+        np.testing.assert_allclose(getattr(found, field), want, rtol=2e-5, atol=2e-5, err_msg=field)
+    public = api.token_stats(h, h_ref, w, w_ref, target)
+    np.testing.assert_allclose(public.kl, found.kl, rtol=2e-5, atol=2e-5)

@@ -13,6 +13,7 @@ import tiny_engine as tiny
 
 from jax_dpo.ops.token_stats import api, chunked
 from jax_dpo.report.terminal import Quiet
+from jax_dpo.trainer.models import OTHER, Pairing
 from jax_dpo.trainer.precompute import precompute
 
 ONE = (1, 1, 1)
@@ -124,6 +125,25 @@ def test_meshes_take_the_same_steps_where_logits_are_capped(in_chunks: bool, mon
     found = tiny.run(tiny.engine_on((2, 2, 2), adam_epsilon=EPSILON, shape=tiny.gemma2()))
     check_start(found)
     check_same(found, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_reference_of_another_width_is_the_same_on_a_mesh(dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not dense:
+        monkeypatch.setattr(api, "DENSE_BYTES", 0)
+        monkeypatch.setattr(chunked, "CHUNK", 48)
+    found = []
+    for mesh in (ONE, (2, 2, 2)):
+        engine = tiny.engine_on(mesh)
+        wide = tiny.policy_of(tiny.shape_of(hidden_size=96, num_hidden_layers=2), seed=5)
+        engine.pairing = Pairing(engine.pairing.policy, OTHER, wide)
+        found.append(tiny.run(engine, steps=1))
+    want, other = found
+    assert want.evaluation["eval_kl_divergence"] > 0.1
+    for name in ("eval_loss", "eval_kl_divergence", "eval_rewards/margins"):
+        assert other.evaluation[name] == pytest.approx(want.evaluation[name], rel=2e-5), name
+    assert other.losses == pytest.approx(want.losses, rel=2e-5) and other.norms == pytest.approx(want.norms, rel=2e-5)
 
 
 def precomputed(mesh: tuple[int, int, int], cache: Path, **options: Any) -> tuple[Any, np.ndarray]:

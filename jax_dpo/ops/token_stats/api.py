@@ -63,7 +63,7 @@ def token_stats(
       hidden: [R, K, D] final hidden states of the policy where the targets are predicted.
       ref_hidden: [R, K, D] of the reference; no gradient flows into it. None where it is not at hand: there is no ref_logp and no KL.
       unembed: [V, D] the policy's unembedding (the embedding, where the head is tied).
-      ref_unembed: [V, D] the reference's, or None where it is the same array as the policy's.
+      ref_unembed: [V, D] the reference's (of a width D of its own), or None where it is the same array as the policy's.
       target: [R, K] int32 token ids.
       softcap, scale: logits become softcap * tanh(scale * z / softcap), where a family has it.
       row_shards, vocabulary_shards: over how many devices rows and vocabulary are spread; the latter divides V.
@@ -71,14 +71,14 @@ def token_stats(
         axis.
       spread: lays the gradient of an unembedding [vocabulary_shards, V/vocabulary_shards, D] out as the unembedding lies.
     """
-    V, D = unembed.shape
-    shards = vocabulary_shards
-    cut = lambda w: w.reshape(shards, V // shards, D)  # noqa: E731
+    V, shards = len(unembed), vocabulary_shards
+    widest = max(w.shape[1] for w in (unembed, ref_unembed) if w is not None)
+    cut = lambda w: w.reshape(shards, V // shards, w.shape[1])  # noqa: E731
     ref = None if ref_unembed is None else cut(ref_unembed)
     # Where the unembedding is cut over devices, whole logits need the whole of it (and of its gradient) on each.
-    gathered = V * D * 4 if row_shards > 1 else 0
+    gathered = V * widest * 4 if row_shards > 1 else 0
     if max(math.prod(target.shape) * V * 4 // row_shards, gathered) <= DENSE_BYTES * shards:
-        whole = lambda w: _gathered(w, gather, spread).reshape(V, D)  # noqa: E731
+        whole = lambda w: _gathered(w, gather, spread).reshape(V, w.shape[2])  # noqa: E731
         ref = None if ref is None else whole(ref)
         return dense.token_stats(hidden, ref_hidden, whole(cut(unembed)), ref, target, softcap=softcap, scale=scale)
     # Many tokens get smaller chunks: logits of one chunk are within the same bound, where that leaves matrices worth multiplying.
