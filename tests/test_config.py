@@ -296,6 +296,7 @@ def test_each_loss_is_taken(loss: str) -> None:
         ),
         ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, "false with loss_type sft"),
         ({"loss_type": "aot_unpaired", "use_weighting": True}, "false with loss_type aot_unpaired"),
+        ({"loss_type": "aot_pair"}, "it is called aot_unpaired now"),
         ({"lr_scheduler_kwargs": {"num_cycles": 1}}, "linear takes no options"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 1}}, "did you mean num_cycles?"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "x"}}, 'num_cycles: found "x"'),

@@ -269,6 +269,7 @@ VALUE_ADVICE: dict[tuple[str, str], str] = {
     ("fp16", "true"): "float16 overflows in training; write bf16: true, or bf16: false for float32",
     ("loss_type", "kto_pair"): "KTO is not a loss of pairs; bco_pair is the nearest",
     ("loss_type", "bco"): "write bco_pair",
+    ("loss_type", "aot_pair"): "it is called aot_unpaired now",
     ("loss_type", "sppo"): "write sppo_hard",
     ("loss_type", "dpo"): "write sigmoid",
     ("loss_type", "cdpo"): "write robust with label_smoothing, the unbiased form of the same idea",

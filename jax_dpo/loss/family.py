@@ -46,6 +46,10 @@ class LossOptions:
         """Whether a term needs all pairs of one of TRL's micro-batches together."""
         return self.mixes_pairs or self.router_coef > 0
 
+    def weight_of(self, name: str) -> float:
+        """What the terms of that name weigh together: a list may name a loss twice."""
+        return sum(weight for kind, weight in zip(self.types, self.weights) if kind == name)
+
 
 class Scores(NamedTuple):
     """Arrays [R, S]; `beta` a scalar or [R, S]."""

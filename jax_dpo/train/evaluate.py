@@ -77,9 +77,8 @@ def _of_several(sums: PairSums, group: int, knobs: Knobs, options: LossOptions) 
     which = place // group
     added = np.zeros(len(place))
     if "sft" in options.types:
-        share = dict(zip(options.types, options.weights))["sft"]
         logp, tokens = (np.bincount(which, x[:, CHOSEN].astype(np.float64)) for x in (sums.logp, sums.tokens))
-        added -= share * (logp / np.maximum(tokens, 1.0))[which]
+        added -= options.weight_of("sft") * (logp / np.maximum(tokens, 1.0))[which]
     if options.mixes_pairs:
         groups = np.stack([which, place % group], axis=-1)
         one_row = PairSums(*(None if x is None else jnp.asarray(x)[None] for x in sums))

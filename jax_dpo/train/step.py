@@ -132,8 +132,7 @@ def micro_batch_loss(
     each = pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options)
     loss = jnp.sum(jnp.where(batch.weight > 0, batch.weight * each, 0.0))
     if batch.sft_weight is not None:
-        share = dict(zip(options.types, options.weights))["sft"]
-        loss = loss - share * jnp.sum(batch.sft_weight * stats.logp)
+        loss = loss - options.weight_of("sft") * jnp.sum(batch.sft_weight * stats.logp)
     if options.mixes_pairs:
         loss = loss + mixed_loss(sums, batch.group, batch.weight, knobs.beta, options)
     aux = None
