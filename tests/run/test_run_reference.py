@@ -28,6 +28,9 @@ class Tensor:
 
     detach = float = cpu = lambda self: self
 
+    def __getitem__(self, index: Any) -> Tensor:
+        return Tensor(np.asarray(self.array[index]))
+
     def numpy(self) -> np.ndarray:
         return self.array
 
