@@ -38,6 +38,6 @@ lint: $(stamp)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# docs/options.md out of the options themselves
+# docs/options.md and docs/from-trl.md out of the options themselves
 docs: $(stamp)
 	$(python) scripts/options_page.py

@@ -24,6 +24,21 @@ _PUBLIC = {
     "save_model": "jax_dpo.policy",
 }
 
+# Names of TRL that scripts import beside these -> what to do instead.
+_NOT_HERE = {
+    "ScriptArguments": "the command line has them: `jax-dpo train --dataset_name ...`",
+    "ModelConfig": "the command line has them: `jax-dpo train --model_name_or_path ...`",
+    "DatasetMixtureConfig": "the command line has it: `datasets` in the YAML file",
+    "TrlParser": "`jax-dpo train CONFIG.yaml --option value` reads YAML files and options, as `trl dpo` does",
+    "get_dataset": "pass the data set, its name or its file to DPOTrainer(train_dataset=...)",
+    "get_peft_config": "pass peft_config=LoraConfig(...) to DPOTrainer",
+    "get_quantization_config": "weights are trained in float32 or bfloat16; load an unquantised model",
+    "get_kbit_device_map": "devices are laid out by mesh_data, mesh_fsdp and mesh_tensor in DPOConfig",
+    "create_reference_model": "leave ref_model out: the policy's start is the reference",
+    "LogCompletionsCallback": "write generate_samples in DPOConfig",
+    "SyncRefModelCallback": "write sync_ref_model in DPOConfig",
+}
+
 __all__ = ["DPOConfig", "DPOTrainer", "LoraConfig", "__version__", "load_model", "save_model"]
 
 
@@ -36,6 +51,8 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         value = getattr(import_module(_PUBLIC[name]), name)
+    elif name in _NOT_HERE:
+        raise ImportError(f"jax_dpo has no {name}: {_NOT_HERE[name]}")
     else:
         raise AttributeError(f"module 'jax_dpo' has no attribute {name!r}")
     globals()[name] = value

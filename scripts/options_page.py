@@ -1,8 +1,9 @@
-"""docs/options.md, made from the options themselves. `make docs` writes it; a test holds it to what is in the code."""
+"""docs/options.md, made from the options themselves. `make docs` writes it, and docs/from-trl.md; tests hold them to the code."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,4 +88,8 @@ def cell(text: str) -> str:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(PAGE.parents[1]))
+    from scripts import from_trl_page
+
     PAGE.write_text(page(), encoding="utf-8")
+    from_trl_page.PAGE.write_text(from_trl_page.page(), encoding="utf-8")

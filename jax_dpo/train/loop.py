@@ -95,6 +95,8 @@ class Progress:
     good: list[int] = field(default_factory=list)
     """steps whose evaluation held the KL bound"""
     saved: list[int] = field(default_factory=list)
+    losses: tuple[float, int] = (0.0, 0)
+    """sum of the losses of all steps, and how many they are"""
     moved: bool = False
     """whether any step had a learning rate above 0"""
 
@@ -111,6 +113,7 @@ class Progress:
             "evaluated": sorted(self.scores),
             "good": self.good,
             "saved": self.saved,
+            "losses": list(self.losses),
             "moved": self.moved,
         }
 
@@ -129,8 +132,15 @@ class Progress:
             scores=scores,
             good=list(meta["good"]),
             saved=list(meta["saved"]),
+            losses=(float(meta["losses"][0]), int(meta["losses"][1])),
             moved=meta["moved"],
         )
+
+    @property
+    def mean_loss(self) -> float | None:
+        """The mean of all steps, as TRL's train_loss."""
+        total, steps = self.losses
+        return total / steps if steps else None
 
     def keep_saved(self, steps: Sequence[int]) -> None:
         """Forgets checkpoints that are not among `steps`: some of an older checkpoint's list may have been rotated away since."""
@@ -172,6 +182,7 @@ class Loop:
             self._evaluate()
         while self.progress.step < plan.total:
             self._train_on(stop)
+        self._drain()  # where nothing was due at the last step, its results are still unread
         self.parts.checkpoints.wait()
         return self.state
 
@@ -260,6 +271,8 @@ class Loop:
         one = Window()
         one.add(sums)
         metrics = one.metrics()
+        total, steps = self.progress.losses
+        self.progress.losses = (total + metrics["loss"], steps + 1)
         if done.step == 1 and self.parts.check_start is not None:
             self.parts.check_start(metrics)
         speed = {"pairs_per_second": c["pairs"] / max(c["seconds"], 1e-9)}

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +27,10 @@ from jax_dpo.trainer.engine import Engine
 from jax_dpo.trainer.models import check_sync, pair_models
 from jax_dpo.trainer.parts import assemble, evaluation_metrics, fresh_progress, make_plan, ranking_of, start_record
 from jax_dpo.trainer.precompute import precompute
-from jax_dpo.trainer.run import Run
 from jax_dpo.trainer.setup import prepare_jax
 from jax_dpo.trainer.start import resume_step
+from jax_dpo.trainer.trl_surface import TrainerState, TrlSurface, refuse_foreign
 from jax_dpo.trainer.verdict import conclude
-
-
-@dataclass
-class TrainerState:
-    """What `trainer.state` shows: TRL's log, one dict a log line."""
-
-    log_history: list[dict[str, Any]] = field(default_factory=list)
-    global_step: int = 0
-    epoch: float = 0.0
-    best_metric: float | None = None
-    best_model_checkpoint: str | None = None
-    best_global_step: int | None = None
 
 
 @dataclass
@@ -54,7 +42,7 @@ class TrainOutput:
     metrics: dict[str, Any]
 
 
-class DPOTrainer(Run):
+class DPOTrainer(TrlSurface):
     """Trains a policy on preference pairs by Direct Preference Optimization (arXiv 2305.18290).
 
     Args:
@@ -66,6 +54,7 @@ class DPOTrainer(Run):
       processing_class: the tokenizer; None: the model's own. `tokenizer` is its older name.
       callbacks: objects with any of TRL's `on_log`, `on_evaluate`, `on_save`; they may look, not steer.
       peft_config: a `LoraConfig` (ours or PEFT's): a fresh adapter is trained, the model is the reference.
+      data_collator, compute_metrics, optimizers, quantization_config, and what older TRL took: refused with what to write instead.
 
     Raises:
       UserError: whatever in models, data and options cannot be used, before anything is computed.
@@ -76,27 +65,25 @@ class DPOTrainer(Run):
         model: Any = None,
         ref_model: Any = None,
         args: DPOConfig | None = None,
+        data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        compute_metrics: Any = None,
         callbacks: Sequence[Any] | None = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
         *,
         tokenizer: Any = None,
         display: Display | None = None,
         revision: str | None = None,
+        **others: Any,
     ) -> None:
         began = time.time()
-        if model is None:
-            raise UserError(
-                "model-missing", "DPOTrainer needs a model: a directory, a GGUF file, a Hub name or a model object."
-            )
-        if ref_model is not None and ref_model is model and not isinstance(model, str | Path):
-            raise UserError(
-                "reference-is-policy",
-                "model and ref_model are one and the same object, which would be trained as its own reference. "
-                "Leave ref_model out: the policy's start is the reference then.",
-            )
+        foreign = {"data_collator": data_collator, "compute_metrics": compute_metrics, "optimizers": optimizers}
+        refuse_foreign({**foreign, "quantization_config": quantization_config, **others})
+        _check_models(model, ref_model)
         self.display = display or Quiet()
         self.callbacks = list(callbacks or [])
         self.pairing = pair_models(model, ref_model, peft_config, revision=revision, seed=args.seed if args else 42)
@@ -289,10 +276,9 @@ class DPOTrainer(Run):
         return self._output(loop.progress.step)
 
     def _output(self, step: int) -> TrainOutput:
-        losses = [e["loss"] for e in self.state.log_history if "loss" in e]
         last = self.state.log_history[-1] if self.state.log_history else {}
         metrics = {k: v for k, v in last.items() if k.startswith("train_")}
-        return TrainOutput(step, sum(losses) / len(losses) if losses else float("nan"), metrics)
+        return TrainOutput(step, metrics.get("train_loss", float("nan")), metrics)
 
     def _finished(self, out: Path) -> TrainOutput:
         """A run that is at its end already: say so, and show what it came to."""
@@ -350,4 +336,17 @@ class DPOTrainer(Run):
             dtype=dtype,
             merge=merge,
             replace=False,
+        )
+
+
+def _check_models(model: Any, ref_model: Any) -> None:
+    if model is None:
+        raise UserError(
+            "model-missing", "DPOTrainer needs a model: a directory, a GGUF file, a Hub name or a model object."
+        )
+    if ref_model is not None and ref_model is model and not isinstance(model, str | Path):
+        raise UserError(
+            "reference-is-policy",
+            "model and ref_model are one and the same object, which would be trained as its own reference. "
+            "Leave ref_model out: the policy's start is the reference then.",
         )

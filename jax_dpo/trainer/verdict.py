@@ -56,16 +56,15 @@ def conclude(run: Run, loop: Loop, *, primary: bool) -> int:
     )
     parts.display.write(parts.writers.write({"kind": "verdict", "step": progress.step, **verdict.to_dict()}))
     seconds = time.time() - run.began
-    parts.display.write(parts.writers.write(_end(records, progress.step, seconds)))
+    parts.display.write(parts.writers.write(_end(progress.step, seconds, progress.mean_loss)))
     if primary:
         write_verdict(out / "verdict.json", verdict)
         parts.report()
     return verdict.exit_code
 
 
-def _end(records: list[dict[str, Any]], step: int, seconds: float) -> dict[str, Any]:
-    losses = [r["loss"] for r in records if r["kind"] == "train" and r.get("loss") is not None]
-    mean = {"train_loss": sum(losses) / len(losses)} if losses else {}
+def _end(step: int, seconds: float, loss: float | None) -> dict[str, Any]:
+    mean = {} if loss is None else {"train_loss": loss}
     return {"kind": "end", "step": step, "reason": "done", "seconds": seconds, **mean}
 
 

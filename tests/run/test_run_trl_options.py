@@ -64,6 +64,8 @@ def test_a_run_logs_what_trl_logs(name: str, start: Path, tmp_path: Path) -> Non
         assert mine["num_tokens"] == entry["num_tokens"]
         for metric in METRICS:
             assert mine[metric] == pytest.approx(entry[metric], abs=ABSOLUTE), (metric, entry["step"])
+    (end,) = tiny.records(tmp_path / "out", "end")
+    assert end["train_loss"] == pytest.approx(LOGS[name][-1]["train_loss"], rel=RELATIVE)  # of all steps, logged or not
     evaluated = [e["step"] for e in LOGS[name] if "eval_loss" in e]
     assert [r["step"] for r in tiny.records(tmp_path / "out", "eval")] == evaluated
 
