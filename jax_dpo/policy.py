@@ -17,7 +17,7 @@ from jax_dpo.models.lora import LoraConfig
 from jax_dpo.weights.export import write_model
 from jax_dpo.weights.leaves import InMemory, Leaf
 from jax_dpo.weights.objects import is_model_object, open_object
-from jax_dpo.weights.peft import Adapter, adapter_base, read_adapter, write_adapter
+from jax_dpo.weights.peft import Adapter, adapter_base, new_adapter, read_adapter, write_adapter
 from jax_dpo.weights.peft import merge as merge_adapter
 from jax_dpo.weights.source import ModelFiles, open_model, resolve_model
 
@@ -38,6 +38,8 @@ class Policy:
     lora_config: LoraConfig | None = None
     adapter: str | None = None
     """where its adapter came from, if it came with one"""
+    adapter_is_new: bool = False
+    """whether its adapter was made just now and has never been trained"""
 
     @cached_property
     def params(self) -> Tree:
@@ -74,19 +76,40 @@ class Policy:
         Raises:
           UserError: it has one already.
         """
+        self._check_no_adapter()
+        leaves = {**self.leaves, **{path: InMemory(x) for path, x in adapter.arrays.items()}}
+        return replace(self, leaves=leaves, config=replace(self.config, lora=adapter.spec), lora_config=adapter.config)
+
+    def with_new_adapter(self, config: LoraConfig, seed: int) -> Policy:
+        """The same model with a fresh adapter, which changes nothing yet.
+
+        Raises:
+          UserError: it has one already; `config` does not fit the model.
+        """
+        self._check_no_adapter()
+        return replace(self.with_adapter(new_adapter(config, self.config, seed, self.leaves)), adapter_is_new=True)
+
+    def _check_no_adapter(self) -> None:
         if self.config.lora is not None:
             raise UserError(
                 "adapter-twice",
                 f"{self.files.path} has an adapter already, and peft_config asks for a second one. "
                 "Give the model without its adapter, or leave peft_config out to train the one that is there.",
             )
-        leaves = {**self.leaves, **{path: InMemory(x) for path, x in adapter.arrays.items()}}
-        return replace(self, leaves=leaves, config=replace(self.config, lora=adapter.spec), lora_config=adapter.config)
 
     def base(self) -> Policy:
         """The model without its adapter."""
-        leaves = {p: x for p, x in self.leaves.items() if not p.endswith((".lora_a", ".lora_b"))}
-        return replace(self, leaves=leaves, config=replace(self.config, lora=None), lora_config=None, adapter=None)
+        lora = self.config.lora
+        kept = {p: x for p, x in self.leaves.items() if lora is None or not lora.trains(p)}
+        leaves = {**kept, **{p: self.files.leaves[p] for p in (lora.saved if lora else ())}}
+        return replace(
+            self,
+            leaves=leaves,
+            config=replace(self.config, lora=None),
+            lora_config=None,
+            adapter=None,
+            adapter_is_new=False,
+        )
 
 
 @cache
@@ -155,24 +178,19 @@ def save_model(
     leaves = {**model.leaves, **(arrays or {})}
     files = model.files.tokenizer_files() if tokenizer_files is None else tokenizer_files
     spec = model.config.lora
-    if spec is not None and not merge:
-        base = str(model.files.path)
-        only = {
-            p: x.read() if hasattr(x, "read") else x for p, x in leaves.items() if p.endswith((".lora_a", ".lora_b"))
-        }
-        return write_adapter(
-            out,
-            model=model.config,
-            arrays=only,
-            base=base,
-            config=model.lora_config,
-            tokenizer_files=files,
-            replace=replace,
-        )
     if spec is not None:
-        adapter = {
-            p: x.read() if hasattr(x, "read") else x for p, x in leaves.items() if p.endswith((".lora_a", ".lora_b"))
-        }
+        adapter = {p: x.read() if hasattr(x, "read") else x for p, x in leaves.items() if spec.trains(p)}
+        if not merge:
+            assert model.lora_config is not None
+            return write_adapter(
+                out,
+                model=model.config,
+                arrays=adapter,
+                base=str(model.files.path),
+                config=model.lora_config,
+                tokenizer_files=files,
+                replace=replace,
+            )
         leaves = merge_adapter(leaves, adapter, spec)
     return write_model(
         out,

@@ -126,7 +126,10 @@ SCRIPT_DEFAULTS: dict[str, Any] = {
     "lora_alpha": 32,
     "lora_dropout": 0.05,
     "lora_target_modules": None,
+    "lora_modules_to_save": None,
+    "lora_task_type": "CAUSAL_LM",
     "use_rslora": False,
+    "use_dora": False,
 }
 
 

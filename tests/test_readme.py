@@ -165,9 +165,8 @@ def test_the_script_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_adapter_is_merged(workplace: Path) -> None:
     from jax_dpo import LoraConfig, load_model, save_model
-    from jax_dpo.weights.peft import new_adapter
 
     base = load_model("./model")
-    save_model(base.with_adapter(new_adapter(LoraConfig(r=4), base.config, seed=0)), "outputs/dpo_lora/final")
+    save_model(base.with_new_adapter(LoraConfig(r=4), seed=0), "outputs/dpo_lora/final")
     exec(compile(python_block("from jax_dpo import load_model"), "README.md", "exec"), {})
     assert load_model("outputs/merged").config == base.config

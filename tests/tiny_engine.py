@@ -27,7 +27,6 @@ from jax_dpo.trainer.engine import Engine
 from jax_dpo.trainer.models import BASE, START, Pairing
 from jax_dpo.weights.leaves import InMemory
 from jax_dpo.weights.model_files import ModelFiles
-from jax_dpo.weights.peft import new_adapter
 
 VOCABULARY = 256
 MESHES = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)]
@@ -95,7 +94,7 @@ def pairing_of(config: ModelConfig, *, lora: bool = False, dropout: float = 0.0,
         return Pairing(policy, START)
     targets = ["q_proj", "o_proj"] + (["down_proj"] if config.experts is None else [])
     wanted = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
-    return Pairing(policy.with_adapter(new_adapter(wanted, config, 0)), BASE)
+    return Pairing(policy.with_new_adapter(wanted, 0), BASE)
 
 
 def pair_set(n: int, seed: int = 0, vocabulary: int = VOCABULARY) -> PairSet:

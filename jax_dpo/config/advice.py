@@ -17,7 +17,6 @@ _MESH = "devices are laid out by mesh_data, mesh_fsdp and mesh_tensor; leave it 
 _HUB = "nothing is uploaded; upload output_dir/final afterwards with `hf upload`"
 _PATCH = "leave it out; the exact memory-saving path is always on"
 _BITS = "weights are trained in float32 or bfloat16; load an unquantised model"
-_LORA = f"{_LATER}; the LoRA options are use_peft, lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora"
 _RECOMPUTE = "leave it out; gradient_checkpointing: true recomputes each layer"
 _FORMAT = "the data's format is recognised from its columns; leave it out"
 
@@ -198,11 +197,11 @@ ADVICE: dict[str, str] = {
     "torch_dtype": Advice("weights are held in float32; bf16: true computes in bfloat16", "float32"),
     "attn_implementation": Advice("leave it out; `jax-dpo doctor` tells which attention runs and why", None),
     "use_flash_attention_2": "leave it out; `jax-dpo doctor` tells which attention runs and why",
-    "lora_task_type": Advice("leave it out; the adapter of a language model is written as CAUSAL_LM", "CAUSAL_LM"),
-    "lora_modules_to_save": Advice(_LORA, None),
-    "lora_target_parameters": Advice(_LORA, None),
-    "lora_bias": _LORA,
-    "use_dora": Advice(_LORA, False),
+    "lora_target_parameters": Advice(
+        "adapters on stacked parameters (the experts of a mixture) are not computed here; name linear layers in lora_target_modules",
+        None,
+    ),
+    "lora_bias": "leave it out, or raise lora_r; a bias per adapter is not computed here",
     "load_in_8bit": Advice(_BITS, False),
     "load_in_4bit": Advice(_BITS, False),
     "bnb_4bit_quant_type": Advice(_BITS, "nf4"),
@@ -241,7 +240,10 @@ PYTHON_ADVICE: dict[str, str] = {
     "lora_alpha": _LORA_PYTHON,
     "lora_dropout": _LORA_PYTHON,
     "lora_target_modules": _LORA_PYTHON,
+    "lora_modules_to_save": "pass peft_config=LoraConfig(modules_to_save=[...], ...) to DPOTrainer",
+    "lora_task_type": "pass peft_config=LoraConfig(...) to DPOTrainer",
     "use_rslora": "pass peft_config=LoraConfig(use_rslora=True, ...) to DPOTrainer",
+    "use_dora": "pass peft_config=LoraConfig(use_dora=True, ...) to DPOTrainer",
 }
 
 _SAME_NUMBERS = "write adamw_torch: the same numbers; the state is spread over the devices instead of paged"

@@ -78,7 +78,18 @@ class ScriptArguments:
         "family.",
         group="LoRA",
     )
+    lora_modules_to_save: list[str] | None = option(
+        None,
+        "Modules that are trained whole beside the adapter and saved with it, such as lm_head or norm: those whose path ends so.",
+        group="LoRA",
+    )
+    lora_task_type: str = option("CAUSAL_LM", "Only language models are trained.", group="LoRA", choices=("CAUSAL_LM",))
     use_rslora: bool = option(False, "The adapter counts lora_alpha / sqrt(lora_r).", group="LoRA")
+    use_dora: bool = option(
+        False,
+        "DoRA: the length of each row of the adapted weights is trained too, its direction by the adapter.",
+        group="LoRA",
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """{argument: value} of every argument."""
@@ -89,7 +100,7 @@ class ScriptArguments:
         changed = [
             item.name
             for item in dataclasses.fields(self)
-            if item.name.startswith(("lora_", "use_rslora")) and getattr(self, item.name) != item.default
+            if item.name.startswith(("lora_", "use_rslora", "use_dora")) and getattr(self, item.name) != item.default
         ]
         if changed and not self.use_peft:
             return [f"{', '.join(changed)} without use_peft: true has no effect"]

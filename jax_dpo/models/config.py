@@ -170,7 +170,8 @@ def layers_of(config: ModelConfig, path: str) -> tuple[int, ...]:
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf of the parameter tree by its dotted path; leaves in `model.layers` are [L, ...], those of experts [L, E, ...].
 
-    With `config.lora`, the adapter's leaves `lora_a` [L, r, in] and `lora_b` [L, out, r] are among them.
+    With `config.lora`, the adapter's leaves `lora_a` [L, r, in] and `lora_b` [L, out, r] are among them, and with DoRA
+    `lora_magnitude` [L, out].
     """
     layers, d = config.num_layers, config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
@@ -192,9 +193,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{path}.weight"] = (*stack, out, into)
         if has_bias(config, path):
             shapes[f"{path}.bias"] = (*stack, out)
-        if config.lora is not None and path in config.lora.targets:
-            shapes[f"{path}.lora_a"] = (*stack, config.lora.r, into)
-            shapes[f"{path}.lora_b"] = (*stack, out, config.lora.r)
+        target = config.lora.target(path) if config.lora is not None else None
+        if target is not None:
+            shapes[f"{path}.lora_a"] = (*stack, target.rank, into)
+            shapes[f"{path}.lora_b"] = (*stack, out, target.rank)
+            if config.lora is not None and config.lora.use_dora:
+                shapes[f"{path}.lora_magnitude"] = (*stack, out)
     return shapes
 
 

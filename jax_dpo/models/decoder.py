@@ -15,7 +15,7 @@ from flax import nnx
 from jax_dpo.arrays import Tree, flatten, unflatten
 from jax_dpo.models.config import ModelConfig, layers_of
 from jax_dpo.models.experts import Routing, Run, everywhere
-from jax_dpo.models.layers import Block, Embedding, Linear, RMSNorm
+from jax_dpo.models.layers import Block, Embedding, Linear, RMSNorm, dora_factor
 from jax_dpo.ops.attention.api import Bounds, attention, tree_bounds
 
 
@@ -66,14 +66,25 @@ def blocks(config: ModelConfig, params: Mapping[str, Any]) -> Iterator[tuple[Any
             stack = layers_of(config, f"model.layers.{path}")
             first = stack.index(start)
             whole = (first, first + stop - start) == (0, len(stack))
-            found[path] = leaves[path] if whole else leaves[path][first : first + stop - start]
+            part = slice(first, first + stop - start)
+            found[path] = leaves[path] if whole else leaves[path][part]
+            scales = _layer_scales(config, path)
+            if scales is not None:
+                found[path] = found[path] * jnp.asarray(scales[part], found[path].dtype)[:, None, None]
         yield graph, unflatten(found), slice(start, stop)
         start = stop
 
 
-def is_adapter(path: str) -> bool:
-    """Whether a leaf of the parameter tree belongs to a LoRA adapter."""
-    return path.endswith((".lora_a", ".lora_b"))
+def _layer_scales(config: ModelConfig, path: str) -> tuple[float, ...] | None:
+    """The adapter's scale in each layer, for the `lora_b` (a path under `model.layers`) of a linear layer whose layers differ."""
+    stem, _, which = path.rpartition(".")
+    target = config.lora.target(f"model.layers.{stem}") if config.lora is not None and which == "lora_b" else None
+    return target.scales if target is not None and target.scale is None else None
+
+
+def stays_float32(path: str) -> bool:
+    """Whether a leaf is used in float32 whatever the model computes in: weights of norms, magnitudes of DoRA."""
+    return path.endswith(("norm.weight", ".lora_magnitude"))
 
 
 def without_adapter(config: ModelConfig) -> ModelConfig:
@@ -86,12 +97,23 @@ def cast_for_compute(params: Mapping[str, Any], dtype: jnp.dtype) -> Tree:
     Done once, on sharded leaves, before the layers gather them: what travels between devices is the small copy.
     """
     flat = flatten(params)
-    return unflatten({p: x if p.endswith("norm.weight") else x.astype(dtype) for p, x in flat.items()})
+    return unflatten({p: x if stays_float32(p) else x.astype(dtype) for p, x in flat.items()})
 
 
 def unembedding(config: ModelConfig, params: Mapping[str, Any]) -> jax.Array:
-    """The matrix [V, D] that turns hidden states into logits."""
-    return params["model"]["embed_tokens"]["weight"] if config.tie_word_embeddings else params["lm_head"]["weight"]
+    """The matrix [V, D] that turns hidden states into logits, with its adapter merged where it has one."""
+    if config.tie_word_embeddings:
+        return params["model"]["embed_tokens"]["weight"]
+    head = params["lm_head"]
+    target = config.lora.target("lm_head") if config.lora is not None else None
+    if target is None:
+        return head["weight"]
+    added = jnp.matmul(head["lora_b"], head["lora_a"], preferred_element_type=jnp.float32) * target.scales[0]
+    whole = head["weight"].astype(jnp.float32) + added
+    if "lora_magnitude" in head:
+        factor = dora_factor(head["weight"], head["lora_a"], head["lora_b"], head["lora_magnitude"], target.scales[0])
+        whole *= factor[:, None]
+    return whole.astype(head["weight"].dtype)
 
 
 def shaped_logits(config: ModelConfig, hidden: jax.Array, head: jax.Array) -> jax.Array:

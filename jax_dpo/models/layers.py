@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -52,35 +53,74 @@ def _product_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax
 product.defvjp(_product_fwd, _product_bwd)
 
 
+def dora_factor(
+    weight: jax.Array, a: jax.Array, b: jax.Array, magnitude: jax.Array, scale: float | jax.Array
+) -> jax.Array:
+    """magnitude / |W + scale B A|, the norm of each row, [out] float32 (DoRA, arXiv 2402.09353, equation 5; the norm is a constant
+    of the gradient, section 4.3).
+
+    Weight [out, in], a [r, in], b [out, r], magnitude [out]. The square is multiplied out, so that no second matrix of the weight's size
+    is made. A magnitude of 0 marks a row without an adapter (of another layer's rank, or a row of zeros): its factor is 1.
+    """
+    w, a, b = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (weight, a, b))
+    b, times = scale * b, partial(jnp.matmul, precision="highest")
+    crossed, added = jnp.sum(times(w, a.T) * b, axis=1), jnp.sum(times(b, times(a, a.T)) * b, axis=1)
+    norm = jnp.sqrt(jnp.sum(jnp.square(w), axis=1) + 2.0 * crossed + added)
+    return jnp.where(magnitude == 0, 1.0, magnitude / jnp.where(magnitude == 0, 1.0, norm))
+
+
 class Linear(nnx.Module):
-    """x W^T + b, and with an adapter + scale B A dropout(x)."""
+    """x W^T + b, and with an adapter + scale B A dropout(x).
+
+    With DoRA W + scale B A is scaled row by row to the trained magnitude; under dropout, as in PEFT, what the scaling adds to x W^T is
+    computed from dropout(x) as well.
+    """
 
     def __init__(self, config: ModelConfig, path: str) -> None:
         out, into = linear_shapes(config)[path]
         stack = (len(layers_of(config, path)),) if path.startswith("model.layers.") else ()
-        self.lora: LoraSpec | None = config.lora if config.lora and path in config.lora.targets else None
+        target = config.lora.target(path) if config.lora else None
+        self.lora: LoraSpec | None = config.lora if target else None
         self.dropout_id = zlib.crc32(path.encode()) & 0x7FFFFFFF
         self.weight = nnx.Param(jnp.zeros((*stack, out, into)))
         if has_bias(config, path):
             self.bias = nnx.Param(jnp.zeros((*stack, out)))
-        if self.lora:
-            self.lora_a = Lora(jnp.zeros((*stack, self.lora.r, into)))
-            self.lora_b = Lora(jnp.zeros((*stack, out, self.lora.r)))
+        if target and self.lora:
+            # Where layers differ in scale, B comes with it (`decoder.blocks`).
+            self.scale = 1.0 if target.scale is None else target.scale
+            self.lora_a = Lora(jnp.zeros((*stack, target.rank, into)))
+            self.lora_b = Lora(jnp.zeros((*stack, out, target.rank)))
+            if self.lora.use_dora:
+                self.lora_magnitude = Lora(jnp.zeros((*stack, out)))
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """[R, T, in] -> [R, T, out], in the dtype of `x`."""
         # Named, since rematerialisation does not look into `product` for what it may keep.
-        y = checkpoint_name(product(x, self.weight[...].astype(x.dtype)), "linear_out")
-        if hasattr(self, "bias"):
-            y = y + self.bias[...].astype(x.dtype)
-        if self.lora is None:
-            return y
-        if dropout_key is not None and self.lora.dropout > 0:
-            keep = 1.0 - self.lora.dropout
+        weight = self.weight[...].astype(x.dtype)
+        y = checkpoint_name(product(x, weight), "linear_out")
+        if self.lora is not None:
+            y = self._adapted(x, y, weight, self.lora, dropout_key)
+        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+
+    def _adapted(
+        self, x: jax.Array, y: jax.Array, weight: jax.Array, lora: LoraSpec, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        """y = x W^T [R, T, out] with the adapter's part."""
+        again = y
+        if dropout_key is not None and lora.dropout > 0:
+            keep = 1.0 - lora.dropout
             kept = jax.random.bernoulli(jax.random.fold_in(dropout_key, self.dropout_id), keep, x.shape)
             x = jnp.where(kept, x / keep, 0).astype(x.dtype)
-        low = product(x, self.lora_a[...].astype(x.dtype))
-        return y + self.lora.scale * product(low, self.lora_b[...].astype(x.dtype))
+            again = product(x, weight) if lora.use_dora else y
+        a, b = self.lora_a[...], self.lora_b[...]
+        low = self.scale * product(product(x, a.astype(x.dtype)), b.astype(x.dtype))
+        if not lora.use_dora:
+            return y + low
+        factor = dora_factor(weight, a, b, self.lora_magnitude[...].astype(jnp.float32), self.scale)
+        wide = lambda z: z.astype(jnp.float32)  # noqa: E731
+        if again is y:
+            return (factor * (wide(y) + wide(low))).astype(x.dtype)
+        return (wide(y) + (factor - 1.0) * wide(again) + factor * wide(low)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

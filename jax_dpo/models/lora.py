@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from jax_dpo.errors import UserError
 
+LEAVES = ("lora_a", "lora_b", "lora_magnitude")
+"""What an adapter adds to the parameters of a linear layer; the magnitude with DoRA alone."""
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """A linear layer that carries an adapter, by its dotted path in the parameter tree, such as `model.layers.self_attn.q_proj`.
+
+    `ranks` and `scales` have one entry for each layer that the path stacks (one in all outside the layers); rank 0: that layer has no
+    adapter. In the tree all layers have the largest rank: rows of A and columns of B beyond a layer's own are 0, and stay 0, since the
+    gradient of each is a product with the other.
+    """
+
+    path: str
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+
+    @property
+    def rank(self) -> int:
+        return max(self.ranks)
+
+    @property
+    def scale(self) -> float | None:
+        """The factor of B A x: alpha / r, or alpha / sqrt(r) with rsLoRA; None where layers differ."""
+        return self.scales[0] if len(set(self.scales)) == 1 else None
+
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """The static facts of an adapter (LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732).
+    """The static facts of an adapter (LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732; DoRA, arXiv 2402.09353).
 
-    `targets` are dotted paths of linear layers in the parameter tree, such as `model.layers.self_attn.q_proj`;
-    a target inside `model.layers` is adapted in every layer.
+    `saved` are the paths of leaves of the model itself that are trained as well and kept with the adapter (PEFT's modules_to_save).
     """
 
-    r: int
-    alpha: float
+    targets: tuple[LoraTarget, ...]
     dropout: float
-    targets: tuple[str, ...]
-    use_rslora: bool = False
+    use_dora: bool = False
+    saved: tuple[str, ...] = ()
 
-    @property
-    def scale(self) -> float:
-        """The factor of B A x: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def target(self, path: str) -> LoraTarget | None:
+        """The adapter on the linear layer at `path`, if it has one."""
+        return next((t for t in self.targets if t.path == path), None)
+
+    def trains(self, leaf: str) -> bool:
+        """Whether the leaf at this path belongs to the adapter: its factors, and the copies that are trained whole."""
+        return leaf.rpartition(".")[2] in LEAVES or leaf in self.saved
 
 
 @dataclass
@@ -35,8 +62,9 @@ class LoraConfig:
     """The adapter that a user asks for: PEFT's names and defaults (PEFT 0.21).
 
     `target_modules` is a list of names (`q_proj`, or more of the path), "all-linear", a regular expression for whole module
-    paths, or None for PEFT's choice for the family. What PEFT has beyond `r`, `lora_alpha`, `lora_dropout`,
-    `target_modules`, `use_rslora` and `init_lora_weights` (True or "gaussian") is accepted at its default only: see `check`.
+    paths, or None for PEFT's choice for the family; `exclude_modules` likewise. `layers_to_transform`, `rank_pattern` and
+    `alpha_pattern` make layers differ, `use_dora` trains the length of each row of the weights too, `modules_to_save` are trained whole.
+    What else PEFT has is accepted at its default only, and refused with a reason: see `check`.
     """
 
     r: int = 8
@@ -102,24 +130,8 @@ class LoraConfig:
                 raise _unsupported(name, plain)
         return cls(**values)
 
-    @classmethod
-    def from_spec(cls, spec: LoraSpec) -> LoraConfig:
-        """The config that gives this spec back, its targets named by the last part of their paths."""
-        alpha = int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha
-        return cls(
-            r=spec.r,
-            lora_alpha=alpha,
-            lora_dropout=spec.dropout,
-            target_modules=[path.rpartition(".")[2] for path in spec.targets],
-            use_rslora=spec.use_rslora,
-            task_type="CAUSAL_LM",
-        )
-
-    def check(self, trained: bool = False) -> None:
-        """Raise UserError for a value that is wrong (lora-option-invalid) or not supported (lora-option-unsupported).
-
-        `trained`: the adapter exists already, so that how it was first filled no longer matters.
-        """
+    def check(self) -> None:
+        """Raise UserError for a value that is wrong (lora-option-invalid) or not supported (lora-option-unsupported)."""
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise _invalid("r", self.r, "a whole number above 0")
         if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)) or self.lora_alpha <= 0:
@@ -128,15 +140,31 @@ class LoraConfig:
             raise _invalid("lora_dropout", self.lora_dropout, "a number from 0 to below 1")
         if self.task_type not in (None, "CAUSAL_LM"):
             raise _unsupported("task_type", self.task_type)
-        starts = (True, "gaussian", False) if trained else (True, "gaussian")
-        if self.init_lora_weights not in starts:
-            # pissa, olora and others change the base weights as well, so that the adapter alone means nothing.
+        if self.init_lora_weights not in (True, False, "gaussian"):
             raise _unsupported("init_lora_weights", self.init_lora_weights)
+        self._check_layers()
         default = LoraConfig()
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name not in _USED and value not in _EMPTY and value != getattr(default, f.name):
                 raise _unsupported(f.name, value)
+
+    def _check_layers(self) -> None:
+        """What says which layers are meant, and how they differ."""
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+            raise _invalid(
+                "layers_to_transform",
+                self.layers_to_transform,
+                "target_modules as a list of names beside it (a regular expression says itself which layers are meant)",
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise _invalid("layers_pattern", self.layers_pattern, "layers_to_transform beside it")
+        for name, kinds in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+            for pattern, value in (getattr(self, name) or {}).items():
+                if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+                    raise _invalid(name, {pattern: value}, "a module's name or pattern with a number above 0")
+                if not _compiles(pattern):
+                    raise _invalid(name, {pattern: value}, "a name or a regular expression")
 
 
 _EMPTY: tuple[Any, ...] = (None, False, [], {}, (), "")
@@ -147,7 +175,14 @@ _USED = frozenset(
         "lora_alpha",
         "lora_dropout",
         "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
         "use_rslora",
+        "use_dora",
         "init_lora_weights",
         "task_type",
         "base_model_name_or_path",
@@ -157,6 +192,38 @@ _USED = frozenset(
         "peft_version",
     }
 )
+_CHANGES_BASE = (
+    "it changes the base weights as well, so that the adapter alone means nothing and the reference would not be the model that was "
+    "given. Use true or gaussian, or begin with PEFT, save the changed base and the adapter, and train that adapter on that base"
+)
+_WHY = {
+    "task_type": "only language models are trained here: leave it out or write CAUSAL_LM",
+    "init_lora_weights": _CHANGES_BASE,
+    "loftq_config": _CHANGES_BASE,
+    "eva_config": "it belongs to init_lora_weights eva, which is not supported: use true or gaussian",
+    "corda_config": _CHANGES_BASE,
+    "lora_ga_config": _CHANGES_BASE,
+    "bias": "the biases of the model would be trained, also in the reference, which reads the same ones: leave it at none",
+    "lora_bias": "leave it out, or raise r; a bias per adapter is not computed here",
+    "fan_in_fan_out": "all linear layers here are stored as [out, in]: leave it out (PEFT sets it to false for them)",
+    "target_parameters": "adapters on stacked parameters, such as the experts of a mixture, are not computed here: name linear layers in "
+    "target_modules",
+    "trainable_token_indices": "single rows of the embedding are not trained here: write modules_to_save: [embed_tokens], which trains "
+    "all of them",
+    "layer_replication": "the model is trained with the layers that it has: make the deeper model first",
+    "megatron_config": "sharding comes from mesh_fsdp and mesh_tensor: leave it out",
+    "ensure_weight_tying": "a tied embedding is not trained beside an adapter here: leave it out",
+    "alora_invocation_tokens": "the adapter acts on all tokens here: leave it out",
+    "peft_type": "only LORA adapters are read and trained",
+}
+
+
+def _compiles(pattern: Any) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError):
+        return False
+    return True
 
 
 def _plain(value: Any) -> Any:
@@ -171,7 +238,5 @@ def _invalid(name: str, value: Any, expected: str) -> UserError:
 
 
 def _unsupported(name: str, value: Any) -> UserError:
-    return UserError(
-        "lora-option-unsupported",
-        f"LoraConfig: {name} = {value!r} is not supported here; an adapter with it would be trained or read wrongly.",
-    )
+    why = _WHY.get(name, "an adapter with it would be trained or read wrongly: leave it out")
+    return UserError("lora-option-unsupported", f"LoraConfig: {name} = {value!r} is not supported here; {why}.")

@@ -19,7 +19,7 @@ from jax_dpo.data.batch import Batch, empty_batch
 from jax_dpo.data.pack import RowShape
 from jax_dpo.loss.family import LossOptions
 from jax_dpo.models.config import ModelConfig
-from jax_dpo.models.decoder import describe, is_adapter
+from jax_dpo.models.decoder import describe, stays_float32, without_adapter
 from jax_dpo.sharding.mesh import ROWS, replicated, row_shards
 from jax_dpo.sharding.rules import shardings
 from jax_dpo.train.state import Facts, Frozen, Knobs, TrainState
@@ -42,7 +42,7 @@ def abstract_params(config: ModelConfig) -> Tree:
     _, tree = describe(config)
     if config.lora is None:
         return tree
-    return unflatten({path: x for path, x in flatten(tree).items() if is_adapter(path)})
+    return unflatten({path: x for path, x in flatten(tree).items() if config.lora.trains(path)})
 
 
 def abstract_state(
@@ -62,17 +62,18 @@ def abstract_frozen(facts: Facts, mesh: Mesh) -> Frozen:
     """Shapes and shardings of base and reference, in the compute dtype (norm weights in float32)."""
     wide, narrow = jnp.dtype("float32"), jnp.dtype(facts.compute_dtype)
 
-    def tree(config: ModelConfig, adapter: bool | None) -> Tree:
-        _, whole = describe(config)
-        flat = {p: x for p, x in flatten(whole).items() if adapter is None or is_adapter(p) == adapter}
-        kinds = {p: wide if p.endswith("norm.weight") else narrow for p in flat}
+    def tree(config: ModelConfig, *, trained: bool = False) -> Tree:
+        flat = flatten(abstract_params(config) if trained else describe(config)[1])
+        kinds = {p: wide if stays_float32(p) else narrow for p in flat}
         cast = unflatten({p: jax.ShapeDtypeStruct(x.shape, kinds[p]) for p, x in flat.items()})
         return jax.tree.map(_laid, cast, shardings(cast, mesh))
 
-    base = tree(facts.policy, False) if facts.policy.lora is not None else {}
+    base = tree(without_adapter(facts.policy)) if facts.policy.lora is not None else {}
     if facts.precomputed:
         return Frozen(base, {})
-    return Frozen(base, tree(facts.reference, True if facts.reference_on_base else None))
+    if facts.reference_on_base and facts.reference.lora is None:
+        return Frozen(base, {})
+    return Frozen(base, tree(facts.reference, trained=facts.reference_on_base))
 
 
 def abstract_batch(

@@ -31,8 +31,11 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"model\.layers\..*\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.lora_b", PartitionSpec(None, "tensor", None)),
     (r"model\.layers\..*\.(o_proj|down_proj)\.lora_a", PartitionSpec(None, None, "tensor")),
     (r"model\.layers\..*\.(o_proj|down_proj)\.lora_b", PartitionSpec(None, "fsdp", None)),
+    (r"model\.layers\..*\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.lora_magnitude", PartitionSpec(None, "tensor")),
+    (r"model\.layers\..*\.(o_proj|down_proj)\.lora_magnitude", PartitionSpec(None, None)),
     (r"lm_head\.lora_a", PartitionSpec(None, "fsdp")),
     (r"lm_head\.lora_b", PartitionSpec("tensor", None)),
+    (r"lm_head\.lora_magnitude", PartitionSpec("tensor")),
 )
 
 

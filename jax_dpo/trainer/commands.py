@@ -47,8 +47,10 @@ def _adapter(script: ScriptArguments) -> LoraConfig | None:
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
         target_modules=script.lora_target_modules,
+        modules_to_save=script.lora_modules_to_save,
         use_rslora=script.use_rslora,
-        task_type="CAUSAL_LM",
+        use_dora=script.use_dora,
+        task_type=script.lora_task_type,
     )
 
 

@@ -14,17 +14,17 @@ from jax.sharding import Mesh
 from jax_dpo.arrays import Tree, flatten, unflatten
 from jax_dpo.errors import UserError
 from jax_dpo.models.config import ModelConfig
-from jax_dpo.models.decoder import cast_for_compute, is_adapter
+from jax_dpo.models.decoder import cast_for_compute, stays_float32
 from jax_dpo.models.lora import LoraConfig
 from jax_dpo.policy import Policy, load_model
 from jax_dpo.sharding.mesh import row_shards
 from jax_dpo.sharding.place import from_reader
 from jax_dpo.sharding.rules import check_heads, shardings
 from jax_dpo.train.state import Facts, Frozen
-from jax_dpo.weights.peft import new_adapter
 
 # What stands for the reference: the policy's own start, the model under the adapter, the adapter as it was, or another model.
 START, BASE, ADAPTER, OTHER = "start", "base", "adapter", "other"
+HEADS = ("lm_head.weight", "model.embed_tokens.weight")  # the second where the head is tied to it
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class Pairing:
     def same_start(self) -> bool:
         """Whether the reference is the policy's own start: then loss, margin and KL begin at their values for equal models."""
         if self.kind == BASE:
+            lora = self.policy.config.lora
+            if lora is not None and (lora.use_dora or lora.saved) and not self.policy.adapter_is_new:
+                return False
             return all(not np.any(x.read()) for p, x in self.policy.leaves.items() if p.endswith(".lora_b"))
         return self.kind in (START, ADAPTER)
 
@@ -75,7 +78,7 @@ def pair_models(model: Any, ref_model: Any, peft_config: Any, *, revision: str |
     policy = load_model(model, revision=revision)
     kind = START if policy.config.lora is None else ADAPTER
     if peft_config is not None:
-        policy = policy.with_adapter(new_adapter(LoraConfig.of(peft_config), policy.config, seed))
+        policy = policy.with_new_adapter(LoraConfig.of(peft_config), seed)
         kind = BASE
     if ref_model is None:
         return Pairing(policy, kind)
@@ -126,25 +129,25 @@ def facts_of(
         reference = pairing.other.config
     for config in (policy, reference):
         check_heads(config.num_kv_heads, mesh)
-    head_adapted = policy.lora is not None and "lm_head" in policy.lora.targets
-    if head_adapted:
+    lora = policy.lora
+    if lora is not None and lora.target("lm_head") is not None:
         raise UserError(
             "lora-head",
-            "target_modules names lm_head. The unembedding is used without its layer, so an adapter on it would be silent: "
-            "leave lm_head out.",
+            "target_modules names lm_head, which carries no adapter in training (TRL refuses this too): logits are made from the whole "
+            "matrix, piece by piece. Leave lm_head out of target_modules, or write modules_to_save: [lm_head] to train it whole.",
         )
     tensor = mesh.shape["tensor"]
     return Facts(
         policy=policy,
         reference=reference,
         reference_on_base=pairing.kind in (BASE, ADAPTER),
-        shared_head=pairing.kind in (BASE, ADAPTER),
+        shared_head=pairing.kind in (BASE, ADAPTER) and (lora is None or not {*lora.saved} & set(HEADS)),
         compute_dtype=compute_dtype,
         remat=remat,
         attention=attention,
         row_shards=row_shards(mesh),
         vocabulary_shards=tensor if policy.vocab_size % tensor == 0 else 1,
-        dropout=dropout and policy.lora is not None and policy.lora.dropout > 0,
+        dropout=dropout and lora is not None and lora.dropout > 0,
         precomputed=precomputed,
     )
 
@@ -171,15 +174,15 @@ def place(leaves: dict[str, Any], mesh: Mesh, dtype: str) -> Tree:
     places = flatten(shardings(unflatten(leaves), mesh))
     tree = {}
     for path, leaf in leaves.items():
-        kind = jnp.dtype("float32" if path.endswith("norm.weight") else dtype)
+        kind = jnp.dtype("float32" if stays_float32(path) else dtype)
         tree[path] = from_reader(tuple(leaf.shape), kind, leaf.read, places[path])
     return unflatten(tree)
 
 
 def trained_leaves(policy: Policy) -> dict[str, Any]:
     """What is trained: the adapter where there is one, else everything."""
-    adapter = {p: x for p, x in policy.leaves.items() if is_adapter(p)}
-    return adapter or dict(policy.leaves)
+    lora = policy.config.lora
+    return {p: x for p, x in policy.leaves.items() if lora is None or lora.trains(p)}
 
 
 def check_sync(pairing: Pairing) -> None:
@@ -218,7 +221,7 @@ def base_tree(pairing: Pairing, mesh: Mesh, compute_dtype: str) -> Tree:
     policy = pairing.policy
     if policy.config.lora is None:
         return {}
-    return place({p: x for p, x in policy.leaves.items() if not is_adapter(p)}, mesh, compute_dtype)
+    return place(policy.base().leaves, mesh, compute_dtype)
 
 
 def reference_tree(pairing: Pairing, mesh: Mesh, compute_dtype: str) -> Tree:
@@ -263,5 +266,5 @@ def parameter_count(config: ModelConfig) -> tuple[int, int]:
     from jax_dpo.models.config import parameter_shapes
 
     sizes = {path: math.prod(shape) for path, shape in parameter_shapes(config).items()}
-    total = sum(sizes.values())
-    return total, sum(n for path, n in sizes.items() if is_adapter(path)) or total
+    lora, total = config.lora, sum(sizes.values())
+    return total, total if lora is None else sum(n for path, n in sizes.items() if lora.trains(path))

@@ -19,14 +19,6 @@ def is_stacked(path: str) -> bool:
     return path.startswith(LAYERS)
 
 
-def tensor_names(path: str, num_layers: int) -> list[str]:
-    """Hugging Face's names of one leaf: one per layer, or a single one outside the layers."""
-    if not is_stacked(path):
-        return [path]
-    rest = path[len(LAYERS) :]
-    return [f"{LAYERS}{i}.{rest}" for i in range(num_layers)]
-
-
 def tensors_of(config: ModelConfig, path: str) -> list[tuple[str, tuple[int, ...]]]:
     """Hugging Face's names of one leaf in order, each with the place of its tensor in the leaf."""
     if not is_stacked(path):
@@ -47,13 +39,3 @@ def tree_path(name: str) -> tuple[str, int | None]:
         if number.isdigit() and rest:
             return LAYERS + rest, int(number)
     return name, None
-
-
-def peft_names(path: str, num_layers: int) -> list[str]:
-    """PEFT's names of an adapter leaf, one per layer.
-
-    `model.layers.self_attn.q_proj.lora_a` is `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` and so on.
-    """
-    stem, _, which = path.rpartition(".")
-    letter = {"lora_a": "lora_A", "lora_b": "lora_B"}[which]
-    return [f"{PEFT_PREFIX}{name}.{letter}.weight" for name in tensor_names(stem, num_layers)]

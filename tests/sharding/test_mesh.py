@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_dpo.arrays import flatten, unflatten
 from jax_dpo.errors import UserError
 from jax_dpo.models.config import linear_shapes, parameter_shapes
-from jax_dpo.models.lora import LoraSpec
+from jax_dpo.models.lora import LoraSpec, LoraTarget
 from jax_dpo.sharding import mesh as meshes
 from jax_dpo.sharding import place, rules, tables
 from jax_dpo.train.optimizer import OptimizerOptions, make_optimizer
@@ -48,8 +48,8 @@ def test_axes_are_automatic_and_rows_lie_over_data_and_fsdp() -> None:
 def test_every_parameter_has_one_rule() -> None:
     plain = tiny.shape_of(num_hidden_layers=2)
     wide = replace(plain, attention_bias=True, attention_out_bias=True, mlp_bias=True, qk_norm=True)
-    targets = tuple(path for path in linear_shapes(wide))
-    adapted = replace(wide, lora=LoraSpec(4, 8, 0.0, targets))
+    targets = tuple(LoraTarget(path, (4,), (2.0,)) for path in linear_shapes(wide))
+    adapted = replace(wide, lora=LoraSpec(targets, 0.0, use_dora=True))
     mesh = meshes.make_mesh(2, 2, 2)
     for path, shape in parameter_shapes(adapted).items():
         assert len(rules.spec_of(path, shape, mesh)) == len(shape), path

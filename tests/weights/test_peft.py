@@ -50,7 +50,9 @@ def edit(path: Path, **changes: Any) -> None:
 def test_what_peft_wrote_is_read() -> None:
     adapter = read_adapter(ADAPTERS / "adapter_final", base())
     stored = load_file(ADAPTERS / "adapter_final" / "adapter_model.safetensors")
-    assert adapter.spec.scale == 2.0 and [t.rpartition(".")[2] for t in adapter.spec.targets] == [
+    assert {t.scale for t in adapter.spec.targets} == {2.0} and [
+        t.path.rpartition(".")[2] for t in adapter.spec.targets
+    ] == [
         "q_proj",
         "k_proj",
         "v_proj",
@@ -74,7 +76,7 @@ def test_files_come_back_byte_for_byte(which: str, tmp_path: Path) -> None:
 
 def test_a_new_adapter_changes_nothing_and_is_spread_as_peft_spreads_it() -> None:
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    adapter = new_adapter(config, base(), seed=1)
+    adapter = new_adapter(config, base(), 1, {})
     shapes = adapter_shapes(adapter.spec, base())
     assert {path: a.shape for path, a in adapter.arrays.items()} == shapes
     lora = {p: s for p, s in parameter_shapes(replace(base(), lora=adapter.spec)).items() if ".lora_" in p}
@@ -88,7 +90,7 @@ def test_a_new_adapter_changes_nothing_and_is_spread_as_peft_spreads_it() -> Non
             assert np.abs(array).max() <= bound and np.abs(array).max() > 0.95 * bound
             assert array.std() == pytest.approx(bound / 3**0.5, rel=0.1)
             assert not np.array_equal(array[0], array[1])
-    normal = new_adapter(replace_config(config, init_lora_weights="gaussian"), base(), seed=1)
+    normal = new_adapter(replace_config(config, init_lora_weights="gaussian"), base(), 1, {})
     assert normal.arrays[f"{Q}.lora_a"].std() == pytest.approx(1 / 4, rel=0.1)
 
 
@@ -98,7 +100,7 @@ def replace_config(config: LoraConfig, **changes: Any) -> LoraConfig:
 
 def test_seeds_and_targets() -> None:
     few, many = LoraConfig(target_modules=["q_proj"]), LoraConfig(target_modules=["q_proj", "k_proj"])
-    a, b, c = (new_adapter(config, base(), seed) for config, seed in ((few, 1), (many, 1), (few, 2)))
+    a, b, c = (new_adapter(config, base(), seed, {}) for config, seed in ((few, 1), (many, 1), (few, 2)))
     assert np.array_equal(a.arrays[f"{Q}.lora_a"], b.arrays[f"{Q}.lora_a"])
     assert not np.array_equal(a.arrays[f"{Q}.lora_a"], c.arrays[f"{Q}.lora_a"])
     k = b.arrays["model.layers.self_attn.k_proj.lora_a"]
@@ -106,10 +108,10 @@ def test_seeds_and_targets() -> None:
 
 
 def test_a_new_adapter_is_written_with_all_of_pefts_fields(tmp_path: Path) -> None:
-    adapter = new_adapter(LoraConfig(r=2, lora_alpha=32, lora_dropout=0.05), base(), seed=0)
+    adapter = new_adapter(LoraConfig(r=2, lora_alpha=32, lora_dropout=0.05), base(), 0, {})
     model = replace(base(), lora=adapter.spec)
-    for config in (adapter.config, None):
-        out = tmp_path / str(config is None)
+    for config in (adapter.config, replace(adapter.config, target_modules=["q_proj", "v_proj"])):
+        out = tmp_path / str(config.target_modules is None)
         write_adapter(
             out, model=model, arrays=adapter.arrays, base="the/base", config=config, tokenizer_files={"t.json": b"{}"}
         )
@@ -128,7 +130,7 @@ def test_a_new_adapter_is_written_with_all_of_pefts_fields(tmp_path: Path) -> No
 def test_jax_arrays_and_a_head(tmp_path: Path) -> None:
     import jax.numpy as jnp
 
-    adapter = new_adapter(LoraConfig(target_modules=["lm_head", "o_proj"]), base(), seed=0)
+    adapter = new_adapter(LoraConfig(target_modules=["lm_head", "o_proj"]), base(), 0, {})
     arrays = {path: jnp.asarray(a) for path, a in adapter.arrays.items()} | {"model.norm.weight": jnp.zeros(3)}
     write_adapter(
         tmp_path / "out", model=replace(base(), lora=adapter.spec), arrays=arrays, base=None, config=adapter.config
@@ -142,7 +144,7 @@ def test_merged_is_the_plain_formula(tmp_path: Path) -> None:
     """Oracle: W + scale B A in float64, and the model written with it."""
     files = open_model(GOLDEN / "models" / "llama")
     config = LoraConfig(r=3, lora_alpha=7, use_rslora=True, target_modules=["q_proj", "down_proj", "lm_head"])
-    adapter = new_adapter(config, files.config, seed=0)
+    adapter = new_adapter(config, files.config, 0, {})
     random = np.random.default_rng(0)
     arrays = {p: random.standard_normal(a.shape).astype(np.float32) for p, a in adapter.arrays.items()}
     leaves = merge(files.leaves, arrays, adapter.spec)
@@ -150,7 +152,7 @@ def test_merged_is_the_plain_formula(tmp_path: Path) -> None:
     written = open_model(tmp_path / "out").leaves
     for path, leaf in files.leaves.items():
         want = leaf.read().astype(np.float64)
-        if path.removesuffix(".weight") in adapter.spec.targets:
+        if adapter.spec.target(path.removesuffix(".weight")):
             stem = path.removesuffix(".weight")
             a, b = (arrays[f"{stem}.{x}"].astype(np.float64) for x in ("lora_a", "lora_b"))
             want = want + 7 / 3**0.5 * (b @ a)
@@ -180,15 +182,17 @@ def test_adapter_files_that_do_not_fit(copy: Path) -> None:
     text = refused(copy, "shape-differs")
     assert "is [4, 48]" in text and "[8, 48]" in text and "another base" in text
     edit(copy, r=4, use_dora=True)
+    assert "8 of 24 tensors are missing" in refused(copy, "tensors-differ")
+    edit(copy, use_dora=False, bias="all")
     text = refused(copy, "lora-option-unsupported")
-    assert "use_dora" in text and str(copy / "adapter_config.json") in text
-    edit(copy, use_dora=False, target_modules=["wqkv"])
+    assert "bias" in text and str(copy / "adapter_config.json") in text
+    edit(copy, bias="none", target_modules=["wqkv"])
     assert "'wqkv'" in refused(copy, "lora-target-unknown")
 
 
 def test_how_a_trained_adapter_was_begun_does_not_matter(copy: Path) -> None:
     edit(copy, init_lora_weights=False, base_model_name_or_path=None)
-    assert read_adapter(copy, base()).spec.r == 4
+    assert read_adapter(copy, base()).spec.targets[0].rank == 4
     edit(copy, init_lora_weights="olora")
     assert "olora" in refused(copy, "lora-option-unsupported")
 
@@ -205,8 +209,10 @@ def test_adapters_stored_in_bfloat16_come_as_float32(copy: Path) -> None:
 
 
 def test_an_adapter_is_not_put_beside_a_whole_model(tmp_path: Path) -> None:
-    adapter = new_adapter(LoraConfig(), base(), seed=0)
+    adapter = new_adapter(LoraConfig(), base(), 0, {})
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="whole model") as caught:
-        write_adapter(tmp_path, model=replace(base(), lora=adapter.spec), arrays=adapter.arrays, base=None)
+        write_adapter(
+            tmp_path, model=replace(base(), lora=adapter.spec), arrays=adapter.arrays, base=None, config=LoraConfig()
+        )
     assert caught.value.name == "path-taken"

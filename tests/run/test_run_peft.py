@@ -1,0 +1,111 @@
+"""Adapters of each kind. Oracle: tests/golden/adapters/kinds, which PEFT 0.21.2 and TRL 1.16 computed on a CPU in float32
+(tests/parity/peft_numbers.py made them): files, logits with the adapter on and merged, and four steps of training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from jax_dpo import DPOConfig, DPOTrainer, LoraConfig, load_model, save_model
+
+KINDS = tiny.GOLDEN / "adapters" / "kinds"
+START = tiny.GOLDEN / "training" / "start" / "llama"
+CASES = ("dora", "patterns", "dora_layer", "saved")
+# The tolerances of a training run in float32, between two runs of torch times ten.
+NEAR: dict[str, dict[str, float]] = {name: {"rel": 5e-5, "abs": 0} for name in ("loss", "grad_norm")}
+NEAR |= {"rewards": {"rel": 0, "abs": 5e-5}, "logps": {"rel": 0, "abs": 5e-4}}
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def token_ids() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 512, (2, 6))
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Path:
+    return KINDS / request.param
+
+
+def test_logits_of_what_peft_wrote(case: Path) -> None:
+    want = load_file(case / "logits.safetensors")
+    for name in ("initial", "final"):
+        got = load_model(START, adapter=case / name)(token_ids())
+        np.testing.assert_allclose(got, want[name], atol=2e-5)
+
+
+def test_files_come_back_byte_for_byte(case: Path, tmp_path: Path) -> None:
+    save_model(load_model(START, adapter=case / "final"), tmp_path / "out")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (case / "final" / WEIGHTS).read_bytes()
+    written, theirs = (json.loads((d / CONFIG).read_text()) for d in (tmp_path / "out", case / "final"))
+    assert written.pop("base_model_name_or_path") == str(START)
+    theirs.pop("base_model_name_or_path")
+    assert written == theirs
+
+
+def test_merged_as_peft_merges(case: Path, tmp_path: Path) -> None:
+    adapted = load_model(START, adapter=case / "final")
+    save_model(adapted, tmp_path / "merged", merge=True)
+    want = load_file(case / "logits.safetensors")["merged"]
+    np.testing.assert_allclose(load_model(tmp_path / "merged")(token_ids()), want, atol=2e-5)
+    # Without its adapter it is what it was.
+    plain = load_model(START)
+    assert np.array_equal(adapted.base()(token_ids()), plain(token_ids()))
+
+
+def test_four_steps_as_trl_trains_them(case: Path, tmp_path: Path) -> None:
+    run = json.loads((case / "run.json").read_text())
+    trainer = DPOTrainer(
+        model=load_model(START, adapter=case / "initial"),
+        ref_model=str(START),
+        args=DPOConfig(str(tmp_path / "run"), drop_rows=[], **run["options"]),
+        train_dataset=tiny.PAIRS["train"][:16],
+        processing_class=str(tiny.TOKENIZER),
+    )
+    trainer.train()
+    found = [e for e in trainer.state.log_history if "loss" in e]
+    assert len(found) == len(run["log"]) == 4
+    for got, want in zip(found, run["log"]):
+        for name, value in want.items():
+            near = NEAR.get(name.partition("/")[0], {"rel": 1e-12, "abs": 0})
+            assert got[name] == pytest.approx(value, **near), (got["step"], name)
+    trainer.save_model(str(tmp_path / "out"))
+    written, theirs = (load_file(d / WEIGHTS) for d in (tmp_path / "out", case / "final"))
+    assert {n: x.shape for n, x in written.items()} == {n: x.shape for n, x in theirs.items()}
+    for name, want in theirs.items():
+        # Weights move up to 1.25e-2. Where a gradient is next to nothing Adam's direction is rounding: between this run of torch and
+        # one in float64 up to one entry in a hundred parts, by at most 7.4e-4.
+        apart = np.abs(written[name] - want)
+        assert np.quantile(apart, 0.99) <= 2e-5 and apart.max() <= 2e-3, name
+    # What is written is what was trained, and rows beyond a layer's rank, which are in the merge and not in the files, are still 0.
+    trainer.save_model(str(tmp_path / "merged"), merge=True)
+    merged = load_model(tmp_path / "merged")(token_ids())
+    np.testing.assert_allclose(load_model(START, adapter=tmp_path / "out")(token_ids()), merged, atol=2e-5)
+    np.testing.assert_allclose(merged, load_file(case / "logits.safetensors")["merged"], atol=2e-3)
+
+
+def fresh(config: Any, out: Path, **options: Any) -> DPOTrainer:
+    return DPOTrainer(
+        model=str(START),
+        args=DPOConfig(str(out), drop_rows=[], save_strategy="no", gradient_checkpointing=False, **options),
+        train_dataset=tiny.PAIRS["train"][:8],
+        processing_class=str(tiny.TOKENIZER),
+        peft_config=config,
+    )
+
+
+@pytest.mark.parametrize("case", ("dora_layer", "saved"))
+def test_a_fresh_adapter_starts_as_the_base(case: str, tmp_path: Path) -> None:
+    """Loss ln 2, margin and KL 0 before anything has moved: the base is the reference, whatever is trained beside it."""
+    config = LoraConfig(**json.loads((KINDS / case / "run.json").read_text())["config"])
+    trainer = fresh(config, tmp_path / "run", max_steps=1, learning_rate=1e-2, logging_steps=1)
+    trainer.train()
+    first = next(e for e in trainer.state.log_history if "loss" in e)
+    # A norm over a row is rounded in its own way in DoRA's start and in the step.
+    assert first["loss"] == pytest.approx(np.log(2), abs=5e-6 if config.use_dora else 2e-7)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5) and first["kl_divergence"] <= 1e-6
