@@ -98,6 +98,8 @@ OWN_DEFAULTS: dict[str, Any] = {
     "min_score_gap": 0.15,
     "max_prompt_length": None,
     "share_prompt": True,
+    "packing": True,
+    "kernels": "auto",
     "micro_batch_tokens": None,
     "mesh_data": 1,
     "mesh_fsdp": -1,

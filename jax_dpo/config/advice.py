@@ -77,7 +77,6 @@ ADVICE: dict[str, str] = {
     "padding_value": "leave it out; padding is never part of the loss",
     "pad_token": Advice("leave it out; padding is never part of the loss and needs no token", None),
     "padding_free": Advice("leave it out; pairs are packed into rows, so there is little padding", False),
-    "packing": "leave it out; pairs are always packed into rows",
     "is_encoder_decoder": "leave it out; the model is a decoder",
     "tools": "give the tools of a row in its column tools",
     "use_logits_to_keep": _PATCH,

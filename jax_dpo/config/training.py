@@ -139,6 +139,18 @@ class TrainingOptions:
         group="Precision and memory",
         check=at_least(1),
     )
+    packing: bool = option(
+        True,
+        "Several pairs may share a row; false gives each pair a row of its own, padded to the longest. Changes no result.",
+        group="Precision and memory",
+    )
+    kernels: str = option(
+        "auto",
+        "Which code computes attention and log-probabilities: auto, the fastest for the device; reference, the plain formulas, slow and "
+        "large in memory, to compare with.",
+        group="Precision and memory",
+        choices=("auto", "reference"),
+    )
     share_prompt: bool = option(
         True,
         "Compute the prompt of a pair once for both answers; false gives each answer its own copy.",

@@ -151,6 +151,7 @@ def choose_shape(
     cost: Cost,
     granule: int = 128,
     least_rows: int = 1,
+    packing: bool = True,
 ) -> RowShape:
     """The cheapest shape for the given steps of a run.
 
@@ -163,10 +164,15 @@ def choose_shape(
       row_shards: number of data-parallel devices.
       micro_batch_tokens: how many tokens a micro-batch may hold on one device (`least_rows` rows always may).
       least_rows: fewest rows of a micro-batch on one device.
+      packing: several pairs may share a row; else each has its own, of the length of the longest.
     """
     shortest = _round_up(max(int(whole.tokens.max(initial=1)), 1), granule)
     samples = [Sizes(whole.tokens[s], whole.scored[s]) for s in steps]
     least = int(whole.scored.max(initial=1))
+    if not packing:
+        most = -(-max((len(s) for s in steps), default=1) // row_shards)
+        rows = min(most, max(least_rows, micro_batch_tokens // shortest, 1))
+        return RowShape(shortest, least, 1, rows)
     best: tuple[float, RowShape] | None = None
     for T in range(shortest, max(4 * shortest, 1024) + 1, granule):
         if shortest < T and micro_batch_tokens < T * least_rows:

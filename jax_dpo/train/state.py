@@ -63,6 +63,7 @@ class Facts:
     compute_dtype: str
     remat: bool
     attention: str = "chunked"
+    token_stats: str = "auto"
     row_shards: int = 1
     vocabulary_shards: int = 1
     dropout: bool = False

@@ -109,6 +109,7 @@ def _token_stats(
         vocabulary_shards=facts.vocabulary_shards,
         gather=gather,
         spread=spread,
+        implementation=facts.token_stats,
     )
 
 

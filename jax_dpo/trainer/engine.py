@@ -104,13 +104,14 @@ class Engine:
 
     @cached_property
     def facts(self) -> Any:
-        attention, _ = choose(jax.default_backend(), self.dtype)
+        attention, _ = choose(jax.default_backend(), self.dtype, self.config.kernels)
         return facts_of(
             self.pairing,
             self.mesh,
             compute_dtype=self.dtype,
             remat=self.config.gradient_checkpointing,
             attention=attention,
+            token_stats=self.config.kernels,
             dropout=not self.config.disable_dropout,
             precomputed=self.config.precompute_ref_log_probs,
         )
@@ -195,6 +196,7 @@ class Engine:
             cost=cost_of(self.work, jax.default_backend()),
             granule=granule(c.pad_to_multiple_of),
             least_rows=self._least_rows(shards) if train is not None else 1,
+            packing=c.packing,
         )
         if train is not None:
             self._check_room(shape)

@@ -112,6 +112,7 @@ def facts_of(
     compute_dtype: str,
     remat: bool,
     attention: str,
+    token_stats: str = "auto",
     dropout: bool,
     precomputed: bool = False,
 ) -> Facts:
@@ -145,6 +146,7 @@ def facts_of(
         compute_dtype=compute_dtype,
         remat=remat,
         attention=attention,
+        token_stats=token_stats,
         row_shards=row_shards(mesh),
         vocabulary_shards=tensor if policy.vocab_size % tensor == 0 else 1,
         dropout=dropout and lora is not None and lora.dropout > 0,

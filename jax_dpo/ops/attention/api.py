@@ -12,9 +12,11 @@ IMPLEMENTATIONS = {"chunked": chunked.attention, "reference": reference.attentio
 __all__ = ["IMPLEMENTATIONS", "Bounds", "attention", "choose", "tree_bounds"]
 
 
-def choose(platform: str, dtype: str) -> tuple[str, str]:
-    """The implementation for a platform and compute dtype, and why it is the one."""
+def choose(platform: str, dtype: str, kernels: str = "auto") -> tuple[str, str]:
+    """The implementation for a platform and compute dtype, and why it is the one. `kernels`: the option of that name."""
     del dtype
+    if kernels == "reference":
+        return "reference", "the plain formula, as kernels: reference asks"
     return (
         "chunked",
         f"query chunks in XLA with a hand-written backward, the implementation that every platform has ({platform})",

@@ -1,4 +1,4 @@
-"""Per-token log-probabilities, exact KL and the rest, from hidden states: one call, two implementations."""
+"""Per-token log-probabilities, exact KL and the rest, from hidden states: one call, and which implementation it takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 import jax
 
 from jax_dpo.arrays import TokenStats
-from jax_dpo.ops.token_stats import chunked, dense
+from jax_dpo.ops.token_stats import chunked, dense, reference
 
 # Up to this many bytes of float32 logits a device, whole logits are faster than chunks that are made twice.
 DENSE_BYTES = 256 * 2**20
@@ -56,6 +56,7 @@ def token_stats(
     vocabulary_shards: int = 1,
     gather: Place = _same,
     spread: Place = _same,
+    implementation: str = "auto",
 ) -> TokenStats:
     """What is known of each scored token, [R, K] each, without logits for more than one chunk of the vocabulary.
 
@@ -70,7 +71,10 @@ def token_stats(
       gather: puts a part [vocabulary_shards, C, D] of an unembedding that is cut along D onto every device, whole but for its first
         axis.
       spread: lays the gradient of an unembedding [vocabulary_shards, V/vocabulary_shards, D] out as the unembedding lies.
+      implementation: "auto" takes whole logits where they are small and chunks where not; "reference" is the plain formula, to compare.
     """
+    if implementation == "reference":
+        return reference.token_stats(hidden, ref_hidden, unembed, ref_unembed, target, softcap=softcap, scale=scale)
     V, shards = len(unembed), vocabulary_shards
     widest = max(w.shape[1] for w in (unembed, ref_unembed) if w is not None)
     cut = lambda w: w.reshape(shards, V // shards, w.shape[1])  # noqa: E731
