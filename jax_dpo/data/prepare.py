@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -217,6 +218,12 @@ def _warnings(
         )
     if table.facts.unread_columns:
         found.append(f"{name}: columns that are not read: {', '.join(table.facts.unread_columns)}.")
+    of_reference = [c for c in table.facts.unread_columns if re.fullmatch(r"ref(erence)?_(chosen|rejected)_logps", c)]
+    if of_reference:
+        found.append(
+            f"{name}: {' and '.join(of_reference)} came with the data, but whose log-probabilities they are is not known: "
+            "precompute_ref_log_probs computes those of this run's reference (TRL does so, too)."
+        )
     return found
 
 

@@ -253,3 +253,13 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture) -> None:
     quiet.progress(1, 2, {})
     quiet.close()
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_estimate_is_not_shown_as_the_kl() -> None:
+    """Where the reference is not in the step there is no KL of it, and its place stays empty."""
+    line = LiveLine(Clock())
+    line.move(1, 10, {"loss": 0.5, "kl_estimate": -0.25})
+    assert not any("KL" in text or "0.25" in text for _, text in line.pieces())
+    exact = LiveLine(Clock())
+    exact.move(1, 10, {"loss": 0.5, "kl_divergence": 0.25})
+    assert dict(exact.pieces())["kl"] == "KL 0.250"

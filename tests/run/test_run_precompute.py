@@ -4,6 +4,10 @@ reference in the step."""
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -300,3 +304,49 @@ def test_a_reference_without_numbers_is_told_by_row(usual: dict[str, Any], tmp_p
         trainer.train()
     assert refused.value.name == "reference-not-finite"
     assert not (tmp_path / "out" / "run.jsonl").exists()
+
+
+def test_columns_that_came_with_the_data_are_not_taken_for_ours(usual: dict[str, Any], tmp_path: Path) -> None:
+    """TRL computes them anew as well; whose they are is not known."""
+    rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in tiny.text_rows(4)]
+    file = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    trainer = trainer_of({**usual, **BEFORE, "dataset_name": file}, tmp_path / "out")
+    assert any(
+        "ref_chosen_logps and ref_rejected_logps came with the data" in w for w in trainer.train_set.data.warnings
+    )
+    assert all(row["ref_chosen_logps"] < -5 for row in trainer.train_dataset)
+
+
+KILLED = """
+import os, signal, sys
+from jax_dpo.cli import main
+from jax_dpo.data.ref_logps import RefLogps
+from jax_dpo.trainer import precompute
+precompute.LEAST_PAIRS, write = 8, RefLogps.write
+def killed(self, start, rows):
+    if start == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(self, start, rows)
+RefLogps.write = killed
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_with_what_it_had_written(
+    usual: dict[str, Any], tmp_path: Path, cache: Path, passes: list[int]
+) -> None:
+    options = {**usual, **BEFORE, "precompute_ref_batch_size": 1, "max_steps": 2, "resume_from_checkpoint": "auto"}
+    options |= {"mesh_fsdp": 1, "output_dir": tmp_path / "out"}
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    command = [sys.executable, "-c", KILLED, "train", *tiny.flags(options)]
+    died = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert [p.name for p in cache.rglob("*.logps")] == ["000000000-000000008.logps"]
+    ended = tiny.jax_dpo("train", *tiny.flags(options))
+    assert ended.code == 0, ended.err
+    assert sum(passes) == 16
+    assert (
+        "24 training pairs were computed beforehand, 8 of them"
+        in tiny.records(tmp_path / "out", "start")[0]["reference"]
+    )
