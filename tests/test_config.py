@@ -284,7 +284,7 @@ def test_each_loss_is_taken(loss: str) -> None:
         ({"kl_actions": ["halve_rl", "rolback"]}, "did you mean rollback?"),
         ({"kl_actions": ["halve_rl"]}, "did you mean halve_lr?"),
         ({"kl_actions": ["rollback", "rollback"]}, "rollback more than once"),
-        ({"drop_rows": "everything"}, "invalid, empty, identical, duplicate, small_gap"),
+        ({"drop_rows": "everything"}, "invalid, empty, identical, torn, duplicate, small_gap"),
         ({"adaptive_beta_rate": 1.0}, "(0, 1)"),
         ({"target_kl": 0}, "above 0"),
         ({"output_dir": " "}, "expected a directory"),

@@ -218,7 +218,7 @@ COMMANDS: Mapping[str, Command] = {
             summary="Read preference pairs, name the faulty rows, and show one pair as tokens.",
             examples=(
                 "jax-dpo check pairs.jsonl --model ./model",
-                "jax-dpo check pairs.jsonl --model ./model --max_length 512 --drop_rows invalid empty identical duplicate small_gap",
+                "jax-dpo check pairs.jsonl --model ./model --max_length 512 --drop_rows invalid empty identical torn duplicate small_gap",
                 "jax-dpo check run.yaml",
             ),
             options=_RUN,

@@ -31,7 +31,7 @@ LOSS_TYPES = (
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 KL_ACTIONS = ("halve_lr", "raise_beta", "rollback")
 KL_CONTROLLERS = ("none", "adaptive_beta", "pi_beta", "dual_kl_coef")
-DROP_REASONS = ("invalid", "empty", "identical", "duplicate", "small_gap")
+DROP_REASONS = ("invalid", "empty", "identical", "torn", "duplicate", "small_gap")
 
 # Losses whose scores go through the f-divergence; the others take the plain log-ratios.
 _WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jax_dpo.data.atomic import replacing
-from jax_dpo.data.tokens import EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, TokenTable, whole_lengths
+from jax_dpo.data.tokens import EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, TORN, TokenTable, whole_lengths
 from jax_dpo.errors import UserError
 
 # What `drop_rows` can name, with what each means. Where a row has several, the first is its reason.
@@ -20,6 +20,7 @@ DROP_REASONS = {
     "invalid": "something that cannot be used: null, missing, wrong type, empty list, refused by the chat template",
     "empty": "an answer without a token of its own",
     "identical": "two equal answers",
+    "torn": "answers cut to their last character (no prompt column, no common beginning, a space at the end of chosen; as TRL splits them)",
     "small_gap": "a score gap that is too small",
     "duplicate": "the texts of an earlier row",
 }
@@ -157,6 +158,11 @@ def _issues(table: TokenTable, k: int, min_gap: float) -> dict[str, str]:
         issues["empty"] = f"{' and '.join(sides)} {'is' if len(sides) == 1 else 'are'} empty"
     if flags & IDENTICAL:
         issues["identical"] = "chosen and rejected are the same tokens"
+    if flags & TORN:
+        issues["torn"] = (
+            "chosen and rejected have no beginning in common and chosen ends in a space, so all but the last character of chosen is the "
+            "prompt, as in TRL: write a prompt column"
+        )
     if not math.isnan(gap) and gap < min_gap - _EPSILON:
         issues["small_gap"] = f"the score of chosen is {gap:.6g} above that of rejected, {min_gap:g} is the least"
     return issues

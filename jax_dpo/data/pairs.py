@@ -54,7 +54,7 @@ class Pair:
     """One preference: a prompt and two answers, all text or all lists of messages.
 
     `tools` and `template_kwargs` go to the chat template. `gap` is the score of chosen minus that of rejected, NaN where the
-    row has no scores.
+    row has no scores. `torn`: the split that found the prompt tore the answers (`torn` below).
     """
 
     prompt: Side
@@ -63,6 +63,7 @@ class Pair:
     tools: list[Any] | None
     template_kwargs: dict[str, Any]
     gap: float
+    torn: bool = False
 
 
 def layout_of(values: Sequence[Any], name: str) -> Layout:
@@ -123,16 +124,16 @@ def read_pair(row: Any, layout: Layout) -> Pair | str:
             if role != "assistant":
                 place = f"{key}[{len(row[key]) - 1}].role"
                 return f"{place} is {role!r}: an answer must end in a turn of 'assistant'"
-    return Pair(prompt, chosen, rejected, tools, template_kwargs, score_gap(row))
+    is_torn = not layout.explicit and torn(row["chosen"], row["rejected"])
+    return Pair(prompt, chosen, rejected, tools, template_kwargs, score_gap(row), is_torn)
 
 
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """Split off what `chosen` and `rejected` begin with together: by character in text, by message in conversations.
 
     As TRL does it: a space right before the split goes to the answers; words and tokens are not respected; where one side
-    begins with the whole other, all but the last common item is the prompt. One difference on purpose: at a split at 0 TRL
-    looks at the item before it, which wraps round to the last one, so that `"alpha "` against `"beta"` gives the prompt
-    `"alpha"`. Here that pair has an empty prompt.
+    begins with the whole other, all but the last common item is the prompt. At a split at 0 TRL takes the last item for the
+    one before it, so that `"alpha "` against `"beta"` gives the prompt `"alpha"` and the answers `" "` and `"a"`: see `torn`.
 
     Both sides must hold at least one item.
     """
@@ -140,9 +141,14 @@ def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     split = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
     if split is None:
         split = shorter - 1
-    elif split > 0 and chosen[split - 1] == " ":
+    elif chosen[split - 1] == " ":
         split -= 1
     return chosen[:split], chosen[split:], rejected[split:]
+
+
+def torn(chosen: Any, rejected: Any) -> bool:
+    """Whether TRL's split tears the pair: nothing in common, and `chosen` ends in a space."""
+    return bool(chosen[:1] != rejected[:1] and chosen[-1:] == " ")
 
 
 def score_gap(row: dict[str, Any]) -> float:

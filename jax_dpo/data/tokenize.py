@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_dpo.data.load import Rows
 from jax_dpo.data.pairs import READ_COLUMNS, Layout, Pair, is_blank, layout_of, read_pair
-from jax_dpo.data.tokens import EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, MOVED, Facts, TokenTable
+from jax_dpo.data.tokens import EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, MOVED, TORN, Facts, TokenTable
 from jax_dpo.errors import UserError
 
 # Pairs that are rendered and encoded together: enough to keep the tokenizer's threads busy, little to hold.
@@ -179,6 +179,7 @@ def _entry(
     flags |= EMPTY_CHOSEN if _is_empty(pair.chosen, chosen, tokenizer, layout) else 0
     flags |= EMPTY_REJECTED if _is_empty(pair.rejected, rejected, tokenizer, layout) else 0
     flags |= IDENTICAL if np.array_equal(chosen, rejected) else 0
+    flags |= TORN if pair.torn else 0
     digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=16).digest()
     return _Entry(row, prompt[:k], chosen, rejected, pair.gap, flags, digest), prompt[k:]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_dpo.data.batch import Tree
 
-EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, MOVED = 1, 2, 4, 8
+EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, MOVED, TORN = 1, 2, 4, 8, 16
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class TokenTable:
     row: int64 [N], index in the source; number: int64 [N], the number people find it by; file_of: int32 [N]
     twin: int64 [N], the first row of this table with the same texts (its own place where it is the first)
     gap: float64 [N], score of chosen minus score of rejected, NaN without scores
-    flags: uint8 [N], bits EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, MOVED (the boundary is left of the prompt's end)
+    flags: uint8 [N], bits EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, MOVED (the boundary is left of the prompt's end), TORN
+        (`pairs.torn`)
     """
 
     ids: np.ndarray

@@ -138,11 +138,12 @@ def prepare_set(
     *,
     name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    may_be_empty: bool = False,
 ) -> PairSet:
     """Loads, checks and tokenizes one data set.
 
     Raises:
-      UserError: see `data.prepare`; no pair is left.
+      UserError: see `data.prepare`; no pair is left, unless it `may_be_empty`.
     """
     data = prepare(
         source,
@@ -152,7 +153,8 @@ def prepare_set(
         name=name,
         progress=progress,
     )
-    data.require_pairs()
+    if not may_be_empty:
+        data.require_pairs()
     return PairSet(data, config.share_prompt)
 
 

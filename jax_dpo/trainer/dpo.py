@@ -94,7 +94,10 @@ class DPOTrainer(TrlSurface):
         self.tokenizer = Tokenizer(processing_class if processing_class is not None else tokenizer, self.pairing.policy)
         self.train_set = None
         if train_dataset is not None:
-            self.train_set = prepare_set(train_dataset, self.tokenizer, self.args, progress=self._tokenizing)
+            # Whoever only looks at `train_dataset` sees, as in TRL, that nothing is left; `train` says why.
+            self.train_set = prepare_set(
+                train_dataset, self.tokenizer, self.args, progress=self._tokenizing, may_be_empty=True
+            )
         self.eval_sets = prepare_evaluation(eval_dataset, self.tokenizer, self.args)
         if self.args.eval_strategy != "no" and not self.eval_sets:
             raise UserError(
@@ -102,8 +105,9 @@ class DPOTrainer(TrlSurface):
                 f"eval_strategy is {self.args.eval_strategy}, but there are no held-out pairs. Give eval_dataset (or a test split, or "
                 "test_split_size on the command line), or set eval_strategy to no.",
             )
-        self.plan = make_plan(self.args, len(self.train_set)) if self.train_set is not None else None
-        self.engine = Engine(self.args, self.pairing, self.train_set, self.eval_sets, self.plan)
+        trainable = self.train_set if self.train_set is not None and len(self.train_set) else None
+        self.plan = make_plan(self.args, len(trainable)) if trainable is not None else None
+        self.engine = Engine(self.args, self.pairing, trainable, self.eval_sets, self.plan)
         self.engine.check()
         ranking_of(self.args, self.eval_sets)
         self.state = TrainerState()
@@ -143,6 +147,8 @@ class DPOTrainer(TrlSurface):
     def _precompute(self, stop: StopRequest | None = None) -> None:
         """The reference's log-probabilities of the training pairs, where they are wanted and not there."""
         if not self.args.precompute_ref_log_probs or self.train_set is None or self.engine.ref_logps is not None:
+            return
+        if not len(self.train_set):
             return
         batch = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         with self._memory("computing the reference's log-probabilities", batch):
@@ -230,8 +236,9 @@ class DPOTrainer(TrlSurface):
           UserError: no training data; the directory holds another run; numbers that are not finite; no space; out of memory.
           Stopped: a signal; everything is saved.
         """
-        if self.train_set is None or self.plan is None:
+        if self.train_set is None:
             raise UserError("train-data-missing", "train() needs train_dataset.")
+        self.train_set.data.require_pairs()
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         out = Path(self.args.output_dir)
         primary = is_primary()

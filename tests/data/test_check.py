@@ -77,6 +77,16 @@ def test_reasons_that_are_not_named_are_counted() -> None:
     assert "max_prompt_length" in said and "columns that are not read: why." in said
 
 
+def test_answers_that_the_split_tears_are_named() -> None:
+    rows = [{"chosen": "one two", "rejected": "one three"}, {"chosen": "alpha ", "rejected": "beta"}]
+    kept = run(rows)
+    assert kept.flagged == {"empty": [2], "torn": [2]}, "what is left of chosen is a space"
+    assert "1 row with answers cut to their last character" in "\n".join(kept.warnings)
+    dropped = run(rows, drop_rows=("torn",))
+    assert [(d.row, d.reason) for d in dropped.drops] == [(2, "torn")]
+    assert "write a prompt column" in dropped.drops[0].detail
+
+
 def test_an_invalid_row_is_an_error_where_it_is_not_named() -> None:
     with pytest.raises(UserError, match=r"rows, row 3: rejected is null\..*put `invalid` into drop_rows") as error:
         run(MIXED, drop_rows=())

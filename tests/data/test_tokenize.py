@@ -17,8 +17,6 @@ from jax_dpo.errors import UserError
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FILES = sorted(p.stem for p in (GOLDEN / "tokenization").glob("*.json") if p.stem != "errors")
-# TRL's split at 0 wraps round in this row; `extract_prompt` mends it (test_pairs.py).
-MENDED = {"text_implicit_chatml": {8}, "text_implicit_llama2": {8}}
 
 
 @cache
@@ -50,8 +48,7 @@ def test_ids_of_every_row(name: str) -> None:
     want = golden(name)["prepared"]
     assert len(got) == len(want) > 2
     for row, w in zip(got, want):
-        if w["row"] not in MENDED.get(name, ()):
-            assert row == {k: v for k, v in w.items() if k != "row"}, f"row {w['row']}"
+        assert row == {k: v for k, v in w.items() if k != "row"}, f"row {w['row']}"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -65,17 +62,15 @@ def test_filter_and_truncation_of_every_config(name: str) -> None:
         assert {d.reason for d in data.drops} <= {"too_long"}
         assert [d.row for d in data.drops] == [i + 1 for i in range(len(g["rows"])) if i not in conf["kept_rows"]]
         for batch in conf["batches"]:
-            check_batch(data, batch, MENDED.get(name, set()))
+            check_batch(data, batch)
 
 
-def check_batch(data: PreparedData, batch: dict[str, Any], mended: set[int]) -> None:
+def check_batch(data: PreparedData, batch: dict[str, Any]) -> None:
     """All chosen rows of a batch, then all rejected ones, padded on the right."""
     n = len(batch["rows"])
     attention, completion = (np.asarray(batch[k]) for k in ("attention_mask", "completion_mask"))
     place = {row: i for i, row in enumerate(data.pairs.index.tolist())}
     for k, row in enumerate(batch["rows"]):
-        if row in mended:
-            continue
         i = place[row]
         tree = data.pairs.tree(i)
         sides = ((tree.chosen_prompt, tree.chosen), (tree.rejected_prompt, tree.rejected))
