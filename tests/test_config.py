@@ -99,6 +99,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "max_prompt_length": None,
     "share_prompt": True,
     "packing": True,
+    "eval_weighting": "pairs",
     "kernels": "auto",
     "micro_batch_tokens": None,
     "mesh_data": 1,

@@ -166,6 +166,13 @@ class TrainingOptions:
         group="Evaluation",
         check=steps_or_share(),
     )
+    eval_weighting: str = option(
+        "pairs",
+        "What evaluation metrics are means of: pairs, every pair (and token) once; batches, TRL's means of the means of evaluation "
+        "batches, in which a short last batch weighs as much as a full one.",
+        group="Evaluation",
+        choices=("pairs", "batches"),
+    )
     eval_delay: float = option(
         0,
         "Steps (with eval_strategy epoch, epochs) before which nothing is evaluated; the end always is.",

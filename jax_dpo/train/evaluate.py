@@ -28,13 +28,15 @@ class EvalSet:
     """A held-out set: its name (None where it is the only one), its pairs' number and its batches on the devices, anew each time.
 
     `group` pairs are one of TRL's evaluation batches, over which the `sft` term is a mean, in which `aot*` sorts and
-    for which the router's loss is made.
+    for which the router's loss is made. `by_batches`: metrics are means of the means of such batches, as TRL's are; else every
+    pair counts once.
     """
 
     name: str | None
     pairs: int
     batches: Callable[[], Iterator[Batch]]
     group: int
+    by_batches: bool = False
 
     @property
     def prefix(self) -> str:
@@ -64,7 +66,11 @@ def evaluate(
     if routers is not None:
         aux = _of_routers(routers, held_out.group)
         loss = loss + options.router_coef * aux
-    found = metrics.evaluation(loss.astype(np.float64), sums, float(knobs.beta), aux)
+    loss, beta = loss.astype(np.float64), float(knobs.beta)
+    if held_out.by_batches:
+        found = metrics.evaluation_by_batches(loss, sums, beta, held_out.group, aux)
+    else:
+        found = metrics.evaluation(loss, sums, beta, aux)
     seconds = time.perf_counter() - began
     found |= {"runtime": seconds, "samples_per_second": held_out.pairs / seconds}
     found["steps_per_second"] = math.ceil(held_out.pairs / held_out.group) / seconds

@@ -159,3 +159,21 @@ def evaluation(loss: np.ndarray, sums: PairSums, beta: float, aux_loss: np.ndarr
             "kl_tokens": float(np.asarray(wide.tokens).sum()),
         }
     )
+
+
+def evaluation_by_batches(
+    loss: np.ndarray, sums: PairSums, beta: float, group: int, aux_loss: np.ndarray | None = None
+) -> dict[str, float]:
+    """As `evaluation`, but each metric is the plain mean of the values of TRL's evaluation batches of `group` pairs.
+
+    So a last batch that is short weighs as much as a full one, and a token of a batch with few tokens more than others. Two are not so:
+    the loss, which TRL weighs by pairs as well, and the KL, which TRL does not have.
+    """
+    whole = evaluation(loss, sums, beta, aux_loss)
+    parts = []
+    for start in range(0, len(loss), group):
+        here = slice(start, start + group)
+        some = PairSums(*(x[here] for x in sums))
+        parts.append(evaluation(loss[here], some, beta, None if aux_loss is None else aux_loss[here]))
+    pooled = lambda name: name == "loss" or name.startswith("kl_")  # noqa: E731
+    return {name: x if pooled(name) else sum(p[name] for p in parts) / len(parts) for name, x in whole.items()}

@@ -291,7 +291,8 @@ class Engine:
             for batch in evaluation_batches(data, data.sizes, feed):
                 yield batch_to_devices(batch, self.mesh, feed.rows, leading=0)
 
-        return EvalSet(name, len(data), batches, self.config.per_device_eval_batch_size)
+        c = self.config
+        return EvalSet(name, len(data), batches, c.per_device_eval_batch_size, c.eval_weighting == "batches")
 
     @cached_property
     def step(self) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ CASES = ("sigmoid", "ipo", "robust", "sft_mix", "kl_token", "kl_sequence", "line
 CASES += ("sync_ref", "precompute", "gemma2")
 ADAPTERS = {"lora": tiny.GOLDEN / "adapters" / "adapter_initial"}
 ADAPTERS["lora_continued"] = TRAINING / "lora_continued" / "adapter_initial"
+BY_BATCHES = ("sigmoid", "truncated")  # evaluated with TRL's means of batch means
 
 # Relative, except rewards (absolute); see `margins`.
 FLOOR = {"loss": 5e-5, "eval_loss": 5e-5, "grad_norm": 1e-4, "rewards": 5e-5, "logps": 1e-5, "kl": 2e-4, "norms": 1e-5}
@@ -35,7 +36,7 @@ def margins(run: dict[str, Any]) -> dict[str, float]:
     return {name: max([FLOOR[name], *measured[name]]) for name in FLOOR}
 
 
-def trainer_of(run: dict[str, Any], out: Path, adapter: Path | None, start_is_reference: bool) -> Any:
+def trainer_of(run: dict[str, Any], out: Path, adapter: Path | None, start_is_reference: bool, by_batches: bool) -> Any:
     from jax_dpo import DPOConfig, DPOTrainer, load_model
 
     options = {k: v for k, v in (run["options"] | run.get("kl_penalty", {})).items() if k != "optim"}
@@ -51,6 +52,7 @@ def trainer_of(run: dict[str, Any], out: Path, adapter: Path | None, start_is_re
             save_strategy="no",
             train_sampling_strategy="sequential",
             drop_rows=[],
+            eval_weighting="batches" if by_batches else "pairs",
             **options,
         ),
         train_dataset=rows,
@@ -66,8 +68,8 @@ def weighted_by_tokens(entry: dict[str, Any], name: str) -> float:
     return float(np.average(entry["micro_batches"][name], weights=tokens))
 
 
-def compare(got: dict[str, Any], entry: dict[str, Any], allowed: dict[str, float]) -> None:
-    """One line of the log against TRL's."""
+def compare(got: dict[str, Any], entry: dict[str, Any], allowed: dict[str, float], by_batches: bool) -> None:
+    """One line of the log against TRL's; `by_batches`: the evaluation was weighed as TRL weighs it."""
     prefix = "eval_" if entry["kind"] == "eval" else ""
     where = f"{entry['kind']} {entry['step']} "
 
@@ -87,7 +89,8 @@ def compare(got: dict[str, Any], entry: dict[str, Any], allowed: dict[str, float
     for side in ("chosen", "rejected"):
         near(f"{prefix}logps/{side}", entry[f"{prefix}logps/{side}"], rel=allowed["logps"])
     for name in ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"):
-        near(prefix + name, weighted_by_tokens(entry, name), rel=2e-5, abs=2e-5)
+        want = entry[prefix + name] if prefix and by_batches else weighted_by_tokens(entry, name)
+        near(prefix + name, want, rel=2e-5, abs=2e-5)
     if not prefix:
         near("learning_rate", entry["learning_rate"], rel=1e-12, abs=0)
         near("grad_norm", entry["grad_norm"], rel=allowed["grad_norm"])
@@ -97,13 +100,13 @@ def replay(case: str, out: Path) -> dict[str, Any]:
     """Trains as the recorded run did, compares every line, and returns the recorded run."""
     run = recorded(case)
     allowed = margins(run)
-    trainer = trainer_of(run, out, ADAPTERS.get(case), start_is_reference=case == "lora")
+    trainer = trainer_of(run, out, ADAPTERS.get(case), case == "lora", case in BY_BATCHES)
     trainer.train()
     log = trainer.state.log_history
     found = {("train" if "loss" in e else "eval", e["step"]): e for e in log if "loss" in e or "eval_loss" in e}
     assert len(run["log"]) == len(found) == 15
     for entry in run["log"]:
-        compare(found[entry["kind"], entry["step"]], entry, allowed)
+        compare(found[entry["kind"], entry["step"]], entry, allowed, case in BY_BATCHES)
     # What evaluate() says afterwards is what the last evaluation said.
     again = trainer.evaluate()
     assert again["eval_loss"] == found["eval", 12]["eval_loss"]

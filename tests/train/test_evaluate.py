@@ -23,7 +23,7 @@ TOKENS = RNG.integers(3, 12, (PAIRS, 2))
 ORDER = RNG.permutation(PAIRS)  # packing puts pairs anywhere
 
 
-def held_out() -> EvalSet:
+def held_out(by_batches: bool = False) -> EvalSet:
     def batches() -> Iterator[Batch]:
         for start in range(0, PAIRS, 6):
             index = np.full((2, 3), -1, np.int32)
@@ -31,10 +31,10 @@ def held_out() -> EvalSet:
             index.reshape(-1)[: len(here)] = here
             yield empty_batch(2, RowShape(4, 4, 3, 2))._replace(index=index)
 
-    return EvalSet(None, PAIRS, batches, GROUP)
+    return EvalSet(None, PAIRS, batches, GROUP, by_batches)
 
 
-def evaluated(options: LossOptions) -> dict[str, float]:
+def evaluated(options: LossOptions, by_batches: bool = False) -> dict[str, float]:
     def run(params: Any, frozen: Any, batch: Batch, knobs: Knobs) -> tuple[Any, PairSums, None]:
         real = batch.index[..., None] >= 0
         of = lambda x: jnp.asarray(np.where(real, x[batch.index], 0), jnp.float32)  # noqa: E731
@@ -43,7 +43,7 @@ def evaluated(options: LossOptions) -> dict[str, float]:
         return pair_loss(sums, of(TOKENS), knobs.beta, knobs.kl_coef, options), sums, None
 
     knobs = Knobs(jnp.float32(0), jnp.float32(BETA), jnp.float32(0))
-    return evaluate(run, held_out(), {}, Frozen({}, {}), knobs, options)
+    return evaluate(run, held_out(by_batches), {}, Frozen({}, {}), knobs, options)
 
 
 def transported(name: str, e: float) -> float:
@@ -73,3 +73,16 @@ def test_terms_of_all_kinds_are_added_with_their_weights() -> None:
     sigmoid = np.logaddexp(0, -BETA * ((LOGP - REF) @ [1, -1])).mean()
     want = 0.625 * sft / PAIRS + 2.0 * sigmoid + 0.25 * transported("aot", 0.0)
     assert evaluated(options)["eval_loss"] == pytest.approx(want, rel=1e-6)
+
+
+def test_trls_mean_of_batch_means() -> None:
+    """The last batch is short: its pairs weigh more. The loss is TRL's mean over pairs either way."""
+    margins = BETA * ((LOGP - REF) @ [1, -1])
+    found, plain = (evaluated(LossOptions(), by_batches) for by_batches in (True, False))
+    batches = [margins[start : start + GROUP] for start in range(0, PAIRS, GROUP)]
+    assert len(batches[-1]) < GROUP
+    assert found["eval_rewards/margins"] == pytest.approx(np.mean([b.mean() for b in batches]), rel=1e-5)
+    assert found["eval_rewards/accuracies"] == pytest.approx(np.mean([(b > 0).mean() for b in batches]))
+    assert plain["eval_rewards/margins"] == pytest.approx(margins.mean(), rel=1e-5)
+    assert found["eval_rewards/margins"] != pytest.approx(plain["eval_rewards/margins"], rel=1e-3)
+    assert found["eval_loss"] == plain["eval_loss"] == pytest.approx(np.logaddexp(0, -margins).mean(), rel=1e-6)
