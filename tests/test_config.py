@@ -86,6 +86,7 @@ TRL_DEFAULTS: dict[str, Any] = {
 }
 OWN_DEFAULTS: dict[str, Any] = {
     "target_kl": 0.1,
+    "sigmoid_label_smoothing": None,
     "kl_coef": 0.0,
     "kl_reduction": "token",
     "kl_actions": [],
@@ -297,6 +298,11 @@ def test_each_loss_is_taken(loss: str) -> None:
         ({"loss_type": "robust", "label_smoothing": 0.5}, "less than 0.5"),
         ({"loss_type": "exo_pair"}, "label_smoothing: found 0.0, expected more than 0"),
         (
+            {"label_smoothing": 0.5, "sigmoid_label_smoothing": True},
+            "expected less than 0.5 with sigmoid_label_smoothing",
+        ),
+        ({"loss_type": "cdpo"}, "sigmoid_label_smoothing: true"),
+        (
             {"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "forward_kl"},
             "reverse_kl with loss_type nca_pair",
         ),
@@ -437,7 +443,15 @@ def test_dictionaries_go_in_and_out() -> None:
         ({"adam_epsilon": 10}, "is large"),
         ({"max_grad_norm": 0}, "does not clip"),
         ({"save_strategy": "no"}, "starts over"),
-        ({"label_smoothing": 0.1}, "no effect with loss_type sigmoid"),
+        ({"label_smoothing": 0.1}, "is not read by loss_type sigmoid, as in TRL 1.16"),
+        ({"label_smoothing": 0.1, "loss_type": ["robust", "sigmoid_norm"]}, "is not read by loss_type sigmoid_norm"),
+        ({"label_smoothing": 0.1, "loss_type": "apo_zero"}, "no effect with loss_type apo_zero"),
+        ({"sigmoid_label_smoothing": True}, "true has no effect: label_smoothing is 0"),
+        (
+            {"sigmoid_label_smoothing": True, "loss_type": "robust", "label_smoothing": 0.1},
+            "no effect: loss_type is robust",
+        ),
+        ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}, "the same as reverse_kl"),
         ({"kl_actions": ["rollback"]}, "eval_strategy is no"),
         ({"max_prompt_length": 1024}, "no room for an answer"),
         ({"max_steps": 0}, "num_train_epochs decides"),
@@ -446,6 +460,11 @@ def test_dictionaries_go_in_and_out() -> None:
 def test_unusual_values_warn(options: dict[str, Any], words: str) -> None:
     (warning,) = DPOConfig(**options).warnings()
     assert words in warning
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_who_says_which_smoothing_is_meant_is_not_warned(said: bool) -> None:
+    assert DPOConfig(label_smoothing=0.1, sigmoid_label_smoothing=said).warnings() == []
 
 
 def test_warnings_know_the_adapter_and_the_devices() -> None:

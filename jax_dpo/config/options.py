@@ -136,9 +136,16 @@ class DPOConfig(TrainingOptions):
     beta: float = option(0.1, "How strongly the policy is held to the reference.", group="Loss", check=above(0))
     label_smoothing: float = option(
         0.0,
-        "Share of labels taken as wrong; read by robust, exo_pair, aot and aot_unpaired.",
+        "Share of labels taken as wrong; read by robust, exo_pair, aot and aot_unpaired, and by sigmoid and sigmoid_norm where "
+        "sigmoid_label_smoothing says so.",
         group="Loss",
         check=within(0, 1, open_high=True),
+    )
+    sigmoid_label_smoothing: bool | None = option(
+        None,
+        "Whether sigmoid and sigmoid_norm read label_smoothing: true is conservative DPO (cDPO); false and unset are TRL 1.16's number, "
+        "which ignores it (unset with a warning).",
+        group="Loss",
     )
     f_divergence_type: str = option(
         "reverse_kl", "Divergence whose derivative turns a log-ratio into a score.", group="Loss", choices=F_DIVERGENCES

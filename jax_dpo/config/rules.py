@@ -36,6 +36,7 @@ DROP_REASONS = ("invalid", "empty", "identical", "torn", "duplicate", "small_gap
 # Losses whose scores go through the f-divergence; the others take the plain log-ratios.
 _WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 # Losses that read label_smoothing.
+_WITH_OPTIONAL_SMOOTHING = ("sigmoid", "sigmoid_norm")
 _WITH_SMOOTHING = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
 # What lr_scheduler_kwargs may hold for each schedule.
@@ -102,9 +103,11 @@ def _some_loss(losses: list[str]) -> str | None:
     return None if losses else "found an empty list, expected at least one loss, such as sigmoid"
 
 
-def _smoothing(smoothing: float, losses: list[str]) -> str | None:
+def _smoothing(smoothing: float, losses: list[str], sigmoid_too: bool | None) -> str | None:
     if "robust" in losses and smoothing >= 0.5:
         return f"found {show(smoothing)}, expected less than 0.5 for loss_type robust, which divides by 1 - 2 * label_smoothing"
+    if sigmoid_too and smoothing >= 0.5 and {*_WITH_OPTIONAL_SMOOTHING} & set(losses):
+        return f"found {show(smoothing)}, expected less than 0.5 with sigmoid_label_smoothing: from there on rejected is preferred"
     if "exo_pair" in losses and smoothing == 0:
         return "found 0.0, expected more than 0 for loss_type exo_pair, which takes its logarithm; its paper has 0.001"
     return None
@@ -258,7 +261,7 @@ def _processes(address: str | None, count: int | None, number: int | None) -> st
 _RULES = (
     Rule(("loss_type",), _some_loss),
     Rule(("loss_weights", "loss_type"), _loss_weights),
-    Rule(("label_smoothing", "loss_type"), _smoothing),
+    Rule(("label_smoothing", "loss_type", "sigmoid_label_smoothing"), _smoothing),
     Rule(("f_divergence_type", "loss_type"), _divergence),
     Rule(("use_weighting", "loss_type"), _weighting),
     Rule(("lr_scheduler_kwargs", "lr_scheduler_type", "learning_rate"), _scheduler_kwargs),
@@ -321,6 +324,11 @@ def _unusual(values: Mapping[str, Any], adapter: bool, data_parallel: int) -> li
         )
     if values["ld_alpha"] is not None and values["ld_alpha"] > 1:
         found.append(f"ld_alpha {values['ld_alpha']:g} weighs the longer answer's tail more than the shared length")
+    if values["f_divergence_type"] == "alpha_divergence" and values["f_alpha_divergence_coef"] == 1:
+        found.append(
+            "f_alpha_divergence_coef 1 makes alpha_divergence the same as reverse_kl; TRL before 0.29 had another form, whose coefficient "
+            "is 1 minus this one"
+        )
     if values["sync_ref_model"]:
         found.append(
             "sync_ref_model: margins, losses and KL of two evaluations are against two references where it moved between them, so the best "
@@ -331,14 +339,27 @@ def _unusual(values: Mapping[str, Any], adapter: bool, data_parallel: int) -> li
     return found
 
 
+def _smoothing_without_effect(smoothing: float, sigmoid_too: bool | None, losses: list[str]) -> list[str]:
+    likelihoods = [loss for loss in losses if loss in _WITH_OPTIONAL_SMOOTHING]
+    if sigmoid_too and (smoothing == 0 or not likelihoods):
+        why = "label_smoothing is 0" if likelihoods else f"loss_type is {', '.join(losses)}"
+        return [f"sigmoid_label_smoothing true has no effect: {why}"]
+    if smoothing == 0 or sigmoid_too:
+        return []
+    if likelihoods and sigmoid_too is None:
+        return [
+            f"label_smoothing {smoothing:g} is not read by loss_type {', '.join(likelihoods)}, as in TRL 1.16 (before 0.29 it was cDPO); "
+            "write sigmoid_label_smoothing: true for cDPO, or false for TRL's number without this warning"
+        ]
+    if not likelihoods and not _WITH_SMOOTHING & set(losses):
+        return [f"label_smoothing {smoothing:g} has no effect with loss_type {', '.join(losses)}; robust reads it"]
+    return []
+
+
 def _without_effect(values: Mapping[str, Any]) -> list[str]:
     found = []
     losses = values["loss_type"]
-    if values["label_smoothing"] > 0 and not _WITH_SMOOTHING & set(losses):
-        found.append(
-            f"label_smoothing {values['label_smoothing']:g} has no effect with loss_type {', '.join(losses)}, as in TRL 1.16; "
-            "robust reads it"
-        )
+    found += _smoothing_without_effect(values["label_smoothing"], values["sigmoid_label_smoothing"], losses)
     if values["precompute_ref_batch_size"] is not None and not values["precompute_ref_log_probs"]:
         found.append("precompute_ref_batch_size can do nothing: precompute_ref_log_probs is false")
     moving = [name for name, usual in _OF_SYNC if values[name] != usual]

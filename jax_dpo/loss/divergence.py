@@ -7,6 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+_LARGEST_EXPONENT = 88.0  # of a float32 exponential that is finite
+
 Score = Callable[[jax.Array, float], jax.Array]
 
 
@@ -19,7 +21,20 @@ def reverse_kl(r: jax.Array, coef: float) -> jax.Array:
 def forward_kl(r: jax.Array, coef: float) -> jax.Array:
     """1 - e^-r."""
     del coef
+    return _one_minus_exp(r)
+
+
+@jax.custom_jvp
+def _one_minus_exp(r: jax.Array) -> jax.Array:
     return 1.0 - jnp.exp(-r)
+
+
+@_one_minus_exp.defjvp
+def _one_minus_exp_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    # The slope stays finite where the value overflows: a loss that is flat there, since the pair is learnt, has slope 0 times this,
+    # which is 0 and not NaN.
+    (r,), (dr,) = primals, tangents
+    return _one_minus_exp(r), jnp.exp(jnp.minimum(-r, _LARGEST_EXPONENT)) * dr
 
 
 def js_divergence(r: jax.Array, coef: float) -> jax.Array:

@@ -28,6 +28,8 @@ class LossOptions:
     types: tuple[str, ...] = ("sigmoid",)
     weights: tuple[float, ...] = (1.0,)
     label_smoothing: float = 0.0
+    smooth_sigmoid: bool = False
+    """whether `sigmoid` and `sigmoid_norm` read label_smoothing (conservative DPO)"""
     f_divergence: str = "reverse_kl"
     f_alpha: float = 0.5
     discopop_tau: float = 0.05
@@ -35,6 +37,11 @@ class LossOptions:
     kl_reduction: str = "token"
     router_coef: float = 0.0
     """weight of the router's balancing loss (`loss/router.py`); 0 where there is no router, or it is off"""
+
+    @property
+    def doubt(self) -> float:
+        """The probability that the labels of `sigmoid` and `sigmoid_norm` are wrong."""
+        return self.label_smoothing if self.smooth_sigmoid else 0.0
 
     @property
     def mixes_pairs(self) -> bool:
@@ -63,9 +70,17 @@ class Scores(NamedTuple):
     beta: jax.Array
 
 
+def _likelihood(z: jax.Array, doubt: float) -> jax.Array:
+    """-l(z), or with doubt e of the label -(1-e) l(z) - e l(-z): conservative DPO (E. Mitchell, "A note on DPO with noisy preferences",
+    2023), the cross-entropy of a label that is wrong with probability e."""
+    if doubt == 0.0:
+        return -_log_sigmoid(z)
+    return -(1.0 - doubt) * _log_sigmoid(z) - doubt * _log_sigmoid(-z)
+
+
 def sigmoid(x: Scores, o: LossOptions) -> jax.Array:
-    """-l(B (u - v)): DPO, arXiv 2305.18290 eq. 7. As in TRL, label_smoothing is not read."""
-    return -_log_sigmoid(x.beta * (x.u - x.v))
+    """-l(B (u - v)): DPO, arXiv 2305.18290 eq. 7. As in TRL, label_smoothing is not read unless `smooth_sigmoid` says so."""
+    return _likelihood(x.beta * (x.u - x.v), o.doubt)
 
 
 def hinge(x: Scores, o: LossOptions) -> jax.Array:
@@ -80,7 +95,8 @@ def ipo(x: Scores, o: LossOptions) -> jax.Array:
 
 def exo_pair(x: Scores, o: LossOptions) -> jax.Array:
     """q (l(Bd) - ln(1-e)) + (1-q)(l(-Bd) - ln e), q = s(Bd), d = u - v: EXO, arXiv 2402.00856 eq. 16."""
-    z = x.beta * (x.u - x.v)
+    # The loss is flat far out on both sides; an infinite z would be 0 times infinity there.
+    z = jnp.clip(x.beta * (x.u - x.v), -1e30, 1e30)
     e = o.label_smoothing
     likely = _sigmoid(z) * (_log_sigmoid(z) - jnp.log1p(-e))
     return likely + _sigmoid(-z) * (_log_sigmoid(-z) - jnp.log(e))
@@ -122,13 +138,14 @@ def apo_down(x: Scores, o: LossOptions) -> jax.Array:
 def discopop(x: Scores, o: LossOptions) -> jax.Array:
     """-l(z)(1 - m) + e^-z m, z = B (u - v), m = s(z/tau): DiscoPOP, arXiv 2406.08414 eq. 5."""
     z = x.beta * (x.u - x.v)
-    m = _sigmoid(z / o.discopop_tau)
-    return -_log_sigmoid(z) * (1.0 - m) + jnp.exp(-z) * m
+    w = z / o.discopop_tau
+    # e^-z m in one exponential: apart they are infinity times 0 where z is far below 0.
+    return -_log_sigmoid(z) * _sigmoid(-w) + jnp.exp(_log_sigmoid(w) - z)
 
 
 def sigmoid_norm(x: Scores, o: LossOptions) -> jax.Array:
-    """-l(B (u/n+ - v/n-)): length-normalised DPO (Tulu 3, arXiv 2411.15124)."""
-    return -_log_sigmoid(x.beta * (x.u / x.n_chosen - x.v / x.n_rejected))
+    """-l(B (u/n+ - v/n-)): length-normalised DPO (Tulu 3, arXiv 2411.15124); label_smoothing as in `sigmoid`."""
+    return _likelihood(x.beta * (x.u / x.n_chosen - x.v / x.n_rejected), o.doubt)
 
 
 class Family(NamedTuple):
@@ -139,7 +156,7 @@ class Family(NamedTuple):
 
 
 # Inside where the loss falls with the first score and rises with the second everywhere; the others turn back somewhere, so that a
-# penalty inside could reward divergence.
+# penalty inside could reward divergence. With a doubt about the labels sigmoid and sigmoid_norm turn back too.
 FAMILIES: dict[str, Family] = {
     "sigmoid": Family(sigmoid, True),
     "hinge": Family(hinge, True),
@@ -154,6 +171,10 @@ FAMILIES: dict[str, Family] = {
     "discopop": Family(discopop, False),
     "sigmoid_norm": Family(sigmoid_norm, True),
 }
+
+
+# Losses that are the likelihood of a label.
+LIKELIHOODS = ("sigmoid", "sigmoid_norm")
 
 
 def kl_terms(sums: PairSums, reduction: str) -> tuple[jax.Array, jax.Array]:
@@ -198,10 +219,11 @@ def pair_loss(
             total = total + weight * beta * (down + up)
             continue
         family = FAMILIES[name]
-        if name == "sigmoid_norm":
+        inner = family.kl_inside and not (name in LIKELIHOODS and options.doubt > 0)
+        if inner and name == "sigmoid_norm":
             lowered = plain._replace(u=u - down * plain.n_chosen, v=v + up * plain.n_rejected)
             value = family.loss(lowered, options)
-        elif family.kl_inside:
+        elif inner:
             value = family.loss(inside, options)
         else:
             value = family.loss(plain, options) + beta * (down + up)

@@ -66,6 +66,7 @@ def loss_options(config: DPOConfig) -> LossOptions:
         types=types,
         weights=tuple(config.loss_weights or [1.0] * len(types)),
         label_smoothing=config.label_smoothing,
+        smooth_sigmoid=bool(config.sigmoid_label_smoothing),
         f_divergence=config.f_divergence_type,
         f_alpha=config.f_alpha_divergence_coef,
         discopop_tau=config.discopop_tau,

@@ -112,3 +112,28 @@ def test_alpha_divergence_beyond_its_clamp_has_gradient_zero() -> None:
         jnp.asarray(moved, jnp.float32)[None]
     )
     assert np.isfinite(np.asarray(grad)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "z", "limit"),
+    [
+        # (log-ratio of chosen, of rejected), and the loss there; TRL 1.16 gives NaN in value or gradient.
+        ("sigmoid;f_divergence=forward_kl", (303.0, -297.0), 0.0),
+        ("hinge;f_divergence=forward_kl", (303.0, -297.0), 0.0),
+        ("exo_pair;f_divergence=forward_kl;label_smoothing=0.01", (303.0, -297.0), -np.log(0.99)),
+        ("exo_pair;f_divergence=forward_kl;label_smoothing=0.01", (-588.0, 12.0), -np.log(0.01)),
+        ("discopop", (-5900.0, 12.0), 591.2),
+    ],
+)
+def test_where_only_a_part_overflows_the_loss_is_its_limit(name: str, z: tuple[float, float], limit: float) -> None:
+    far = REF + np.array(z)
+    each = lambda x: loss(name, sums()._replace(logp=x))  # noqa: E731
+    value, grad = jax.value_and_grad(lambda x: each(x).sum())(jnp.asarray(far, jnp.float32)[None])
+    np.testing.assert_allclose(value, 3 * limit, rtol=1e-6)
+    slope = -0.1 if name == "discopop" else 0.0
+    np.testing.assert_allclose(grad[0], np.tile([slope, -slope], (3, 1)), atol=1e-7)
+
+
+def test_an_infinite_loss_is_not_hidden() -> None:
+    far = jnp.asarray(REF + np.array([-588.0, 12.0]), jnp.float32)[None]
+    assert np.isinf(loss("sigmoid;f_divergence=forward_kl", sums()._replace(logp=far))).all()
