@@ -70,6 +70,8 @@ BETTER: dict[str, str] = {
     "sync_ref_model": "Works in float32, and its state is in the checkpoint (TRL's restarts from disk).",
     "precompute_ref_log_probs": "Kept by content for later runs, resumable; evaluations load the reference, so that their KL stays exact.",
     "per_device_train_batch_size": "Pairs are packed into rows: less padding, the same numbers. `micro_batch_tokens` bounds memory alone.",
+    "loss_type": "Finite where only a part of TRL's formula overflows; `use_weighting` works with `hinge`.",
+    "label_smoothing": "As in TRL not read by `sigmoid`, with a warning; `sigmoid_label_smoothing: true` is cDPO (TRL before 0.29).",
     "max_length": "What is dropped or cut is counted and named by row.",
     "pad_to_multiple_of": "Rows are packed; this lengthens them further.",
     "report_to": "`run.jsonl` and `report.html` are always written.",

@@ -80,14 +80,15 @@ def laid_out(pairs: Sequence[Tree], *, ld_alpha: float | None = None, sft: bool 
 
 def options_of(given: dict[str, Any]) -> LossOptions:
     """A case's options of TRL as ours."""
+    types = [given["loss_type"]] if isinstance(given["loss_type"], str) else given["loss_type"]
     return LossOptions(
-        types=tuple(given["loss_type"]),
-        weights=tuple(given.get("loss_weights") or [1.0] * len(given["loss_type"])),
-        label_smoothing=given["label_smoothing"],
-        f_divergence=given["f_divergence_type"],
-        f_alpha=given["f_alpha_divergence_coef"],
-        discopop_tau=given["discopop_tau"],
-        use_weighting=given["use_weighting"],
+        types=tuple(types),
+        weights=tuple(given.get("loss_weights") or [1.0] * len(types)),
+        label_smoothing=given.get("label_smoothing", 0.0),
+        f_divergence=given.get("f_divergence_type", "reverse_kl"),
+        f_alpha=given.get("f_alpha_divergence_coef", 0.5),
+        discopop_tau=given.get("discopop_tau", 0.05),
+        use_weighting=given.get("use_weighting", False),
     )
 
 
