@@ -16,7 +16,7 @@ from jax_dpo.models.config import ModelConfig
 from jax_dpo.models.lora import LoraConfig
 from jax_dpo.weights.export import write_model
 from jax_dpo.weights.leaves import InMemory, Leaf
-from jax_dpo.weights.objects import is_model_object, open_object
+from jax_dpo.weights.objects import is_model_object, object_adapter, open_object
 from jax_dpo.weights.peft import Adapter, adapter_base, new_adapter, read_adapter, write_adapter
 from jax_dpo.weights.peft import merge as merge_adapter
 from jax_dpo.weights.source import ModelFiles, open_model, resolve_model
@@ -124,7 +124,8 @@ def _jitted_logits() -> Any:
 def load_model(
     model: Any, adapter: str | Path | None = None, dtype: str = "float32", *, revision: str | None = None
 ) -> Policy:
-    """A model from a Hugging Face directory (sharded or not), a GGUF file, a Hub name, or a transformers model object.
+    """A model from a Hugging Face directory (sharded or not), a GGUF file, a Hub name, or a transformers model object, with the
+    adapter that PEFT has put on it.
 
     A PEFT directory is loaded as transformers does: the base that its adapter_config.json names, with the adapter on.
 
@@ -137,17 +138,21 @@ def load_model(
     """
     if dtype not in COMPUTE_DTYPES:
         raise UserError("dtype-unknown", f"dtype is {dtype!r}; a model computes in {' or '.join(COMPUTE_DTYPES)}.")
+    there: Adapter | None = None
     if isinstance(model, Policy):
         policy = replace(model, dtype=dtype)
     else:
         if is_model_object(model):
             files = open_object(model)
+            there = object_adapter(model, files.config)
         else:
             path = resolve_model(model, revision)
             base = adapter_base(path) if adapter is None else None
             files = open_model(path if base is None else resolve_model(base))
             adapter = adapter if base is None else path
         policy = Policy(files, dict(files.leaves), files.config, dtype)
+        if there is not None:
+            policy = replace(policy.with_adapter(there), adapter=f"{type(model).__name__} in memory")
     if adapter is None:
         return policy
     return replace(policy.with_adapter(read_adapter(adapter, policy.config)), adapter=str(adapter))

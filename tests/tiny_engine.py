@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,28 @@ def policy_of(config: ModelConfig, seed: int = 0) -> Policy:
     return Policy(files, dict(leaves), config)
 
 
-def pairing_of(config: ModelConfig, *, lora: bool = False, dropout: float = 0.0, seed: int = 0) -> Pairing:
-    """The policy held against its own start, or a fresh adapter held against its base."""
+def pairing_of(
+    config: ModelConfig, *, lora: bool | Mapping[str, Any] = False, dropout: float = 0.0, seed: int = 0
+) -> Pairing:
+    """The policy held against its own start, or a fresh adapter held against its base; `lora` may say more of it."""
     policy = policy_of(config, seed)
     if not lora:
         return Pairing(policy, START)
     targets = ["q_proj", "o_proj"] + (["down_proj"] if config.experts is None else [])
-    wanted = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
+    more = {} if lora is True else dict(lora)
+    wanted = LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": dropout, "target_modules": targets, **more})
     return Pairing(policy.with_new_adapter(wanted, 0), BASE)
+
+
+RICH: dict[str, Any] = {
+    "use_dora": True,
+    "use_rslora": True,
+    "rank_pattern": {"o_proj": 2, "layers.1.self_attn.q_proj": 3},
+    "layers_to_transform": [1, 2],
+    "modules_to_save": ["lm_head", "embed_tokens", "norm"],
+    "init_lora_weights": False,
+}
+"""An adapter with all that adapters have, B not 0 at the start."""
 
 
 def pair_set(n: int, seed: int = 0, vocabulary: int = VOCABULARY) -> PairSet:
@@ -137,7 +152,7 @@ def engine_on(
     train: int = 64,
     held_out: int = 12,
     steps: int = 4,
-    lora: bool = False,
+    lora: bool | Mapping[str, Any] = False,
     dropout: float = 0.0,
     shape: ModelConfig | None = None,
     micro_batch: int | None = None,

@@ -37,11 +37,12 @@ class Run:
         return {**named, **{name or "eval": s for name, s in self.eval_sets.items()}}
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run: every option, the models and the data."""
+        """What makes two runs the same run: every option, the models, the adapter and the data."""
         p = self.pairing
         return {
             "options": self.args.to_dict(),
             "model": p.policy.title,
             "reference": p.other.title if p.other else p.kind,
+            "adapter": repr(p.policy.config.lora),
             "data": {name: s.data.counts for name, s in self.named_sets().items()},
         }

@@ -128,4 +128,4 @@ def _differences(out: Path, run: Mapping[str, Any]) -> list[str]:
         for name in sorted(names)
         if now["options"].get(name) != then["options"].get(name)
     ]
-    return found + [f"another {key}" for key in ("model", "reference", "data") if now[key] != then[key]]
+    return found + [f"another {key}" for key in ("model", "reference", "adapter", "data") if now[key] != then.get(key)]

@@ -119,28 +119,37 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
                 f"{path} holds its weights as a pickle, which is not read. Save the adapter again with a newer PEFT.",
             )
         raise UserError("adapter-missing", f"{path} has {CONFIG}, but no {WEIGHTS}.")
-    tensors = read_header(path / WEIGHTS)
+    return assemble(config, spec, model, read_header(path / WEIGHTS), str(path / WEIGHTS))
+
+
+def assemble(
+    config: LoraConfig, spec: LoraSpec, model: ModelConfig, tensors: Mapping[str, Leaf], where: str
+) -> Adapter:
+    """An adapter out of the tensors of a PEFT file by name; `where` they are, for messages.
+
+    Raises UserError: tensors-differ, shape-differs.
+    """
     expected = pieces(spec, model)
-    _check_names(path, set(tensors), {piece.name for piece in expected})
+    _check_names(where, set(tensors), {piece.name for piece in expected})
     arrays = {leaf: np.zeros(shape, np.float32) for leaf, shape in adapter_shapes(spec, model).items()}
     for piece in expected:
         tensor = tensors[piece.name]
         if tensor.shape != piece.shape:
             raise UserError(
                 "shape-differs",
-                f"{path / WEIGHTS}: {piece.name} is {list(tensor.shape)}; for this model and {CONFIG} it should be "
+                f"{where}: {piece.name} is {list(tensor.shape)}; for this model and {CONFIG} it should be "
                 f"{list(piece.shape)}. Was the adapter trained on another base?",
             )
         arrays[piece.path][piece.part] = tensor.read().astype(np.float32)
     return Adapter(config, spec, arrays)
 
 
-def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
+def _check_names(where: str, found: set[str], expected: set[str]) -> None:
     missing, more = sorted(expected - found), sorted(found - expected)
     if missing or more:
         parts = [f"{len(missing)} of {len(expected)} tensors are missing ({missing[0]}, ...)"] if missing else []
         parts += [f"{len(more)} tensors are not expected ({more[0]}, ...)"] if more else []
-        raise UserError("tensors-differ", f"{path / WEIGHTS}: by {CONFIG} and this model, {'; '.join(parts)}.")
+        raise UserError("tensors-differ", f"{where}: by {CONFIG} and this model, {'; '.join(parts)}.")
 
 
 def new_adapter(config: LoraConfig, model: ModelConfig, seed: int, leaves: Mapping[str, Any]) -> Adapter:

@@ -34,7 +34,9 @@ def engine_of(kind: str) -> Engine:
         options = {"sync_ref_model": True}
     if kind == "beforehand":
         options = {"precompute_ref_log_probs": True, "kl_coef": 0.0}
-    engine = tiny.engine_on((2, 2, 2), lora=kind not in full, bf16=True, micro_batch_tokens=100, **options)
+    engine = tiny.engine_on(
+        (2, 2, 2), lora=tiny.RICH if kind == "rich" else kind not in full, bf16=True, micro_batch_tokens=100, **options
+    )
     if kind == "beforehand":
         engine.ref_logps = np.zeros((len(engine.train_set), 2), np.float32)
     policy = engine.pairing.policy
@@ -46,7 +48,7 @@ def engine_of(kind: str) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("kind", ["start", "base", "adapter", "another", "moves", "beforehand"])
+@pytest.mark.parametrize("kind", ["start", "base", "rich", "adapter", "another", "moves", "beforehand"])
 def test_shapes_and_shardings_are_those_of_a_run(kind: str) -> None:
     engine = engine_of(kind)
     state = engine.fresh_state()

@@ -50,6 +50,7 @@ def test_auto_refuses_other_options_by_name(usual: dict[str, Any], data: Path, t
     for changed, words in (
         ({"learning_rate": 1e-4}, "learning_rate 0.0005 there, 0.0001 now"),
         ({"dataset_name": data / "chat.jsonl"}, "another data"),
+        ({"use_peft": True}, "another reference; another adapter"),
     ):
         refused = tiny.jax_dpo("train", *tiny.flags({**options, **changed}))
         assert refused.code == 2

@@ -106,6 +106,7 @@ def test_a_run_killed_after_rollbacks_goes_on_with_the_changed_values(
 def test_dropout_is_the_same_after_a_resumption(usual: dict[str, Any], tmp_path: Path) -> None:
     """The random numbers of a step are a function of the seed and the step."""
     options = {**usual, "use_peft": True, "lora_dropout": 0.5, "learning_rate": 5e-2, "disable_dropout": False}
+    options |= {"use_dora": True, "lora_modules_to_save": ["norm"], "lora_target_modules": ["q_proj", "down_proj"]}
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert tiny.jax_dpo("train", *tiny.flags(options), "--output_dir", whole).code == 0
     again = {**options, "resume_from_checkpoint": whole / "checkpoint-2", "output_dir": out}
@@ -113,6 +114,9 @@ def test_dropout_is_the_same_after_a_resumption(usual: dict[str, Any], tmp_path:
     assert tiny.untimed(tiny.records(out, "train")) == tiny.untimed(tiny.records(whole, "train"))[2:]
     found, expected = (tiny.snapshot(p / "final")["adapter_model.safetensors"] for p in (out, whole))
     assert found == expected
+    written = tiny.tensors(out / "final", "adapter_model.safetensors")
+    ends = {name.removeprefix("base_model.model.model.") for name in written}
+    assert {"norm.weight", "layers.0.input_layernorm.weight", "layers.1.mlp.down_proj.lora_magnitude_vector"} <= ends
 
 
 def test_a_finished_run_that_failed_a_gate_says_so_again(evaluated: dict[str, Any], tmp_path: Path) -> None:

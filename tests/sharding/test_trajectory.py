@@ -74,6 +74,12 @@ def test_meshes_take_the_same_steps_with_an_adapter(mesh: tuple[int, int, int]) 
     check_same(found, on_one_device(True))
 
 
+def test_meshes_take_the_same_steps_with_a_rich_adapter() -> None:
+    """DoRA in some layers, ranks that differ, embedding and head trained whole."""
+    want = tiny.run(tiny.engine_on(ONE, lora=tiny.RICH, adam_epsilon=EPSILON))
+    check_same(tiny.run(tiny.engine_on((2, 2, 2), lora=tiny.RICH, adam_epsilon=EPSILON)), want)
+
+
 def test_sorted_losses_do_not_depend_on_rows_and_devices() -> None:
     """aot sorts within TRL's micro-batches of 4 pairs, wherever these lie: one at a time, several together, or spread over devices."""
     sorts = {"loss_type": ["aot", "aot_unpaired"], "micro_batch": 4, "adam_epsilon": EPSILON}
