@@ -110,3 +110,14 @@ def test_a_norm_at_the_bound_is_still_scaled() -> None:
     grads = {"a": jnp.asarray([1e-3])}
     clipped = optimizer.clip(grads, jnp.float32(1e-3), 1e-3)
     np.testing.assert_allclose(clipped["a"], 1e-3 * (1e-3 / (1e-3 + 1e-6)), rtol=1e-6)
+
+
+def test_adam_s_bias_correction_is_exact_from_the_first_step_on() -> None:
+    """Under a constant gradient both corrected moments are the gradient and its square, at every step: u = g / (|g| + eps)."""
+    grads = {"a": jnp.asarray([1.0, -0.25, 3e-4], jnp.float32)}
+    made = optimizer.make_optimizer(optimizer.OptimizerOptions(), grads)
+    state = made.init(grads)
+    want = np.asarray(grads["a"], np.float64)
+    for _ in range(30):
+        found, state = made.update(grads, state, grads)
+        np.testing.assert_allclose(found["a"], want / (np.abs(want) + 1e-8), rtol=1e-6)
