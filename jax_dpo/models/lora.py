@@ -119,7 +119,9 @@ class LoraConfig:
         if isinstance(given, LoraConfig):
             return given
         found = dict(given) if isinstance(given, Mapping) else dict(vars(given))
-        found.pop("runtime_config", None)  # how PEFT runs, not what the adapter is
+        # How PEFT runs, and what it notes of a model that ties its embedding: not what the adapter is.
+        for name in ("runtime_config", "modules_to_tie", "target_modules_to_tie"):
+            found.pop(name, None)
         known = {f.name for f in fields(cls)}
         values = {}
         for name, value in found.items():
@@ -181,6 +183,7 @@ _USED = frozenset(
         "rank_pattern",
         "alpha_pattern",
         "modules_to_save",
+        "ensure_weight_tying",
         "use_rslora",
         "use_dora",
         "init_lora_weights",
@@ -212,7 +215,6 @@ _WHY = {
     "all of them",
     "layer_replication": "the model is trained with the layers that it has: make the deeper model first",
     "megatron_config": "sharding comes from mesh_fsdp and mesh_tensor: leave it out",
-    "ensure_weight_tying": "a tied embedding is not trained beside an adapter here: leave it out",
     "alora_invocation_tokens": "the adapter acts on all tokens here: leave it out",
     "peft_type": "only LORA adapters are read and trained",
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from jax_dpo.errors import UserError
@@ -22,7 +21,7 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     "qwen3": ("q_proj", "v_proj"),
 }
 ALL_LINEAR = "all-linear"
-LAYERS = "model.layers."
+LAYERS, EMBEDDING = "model.layers.", "model.embed_tokens.weight"
 
 
 def lora_spec(config: LoraConfig, model: ModelConfig) -> LoraSpec:
@@ -46,7 +45,7 @@ def lora_spec(config: LoraConfig, model: ModelConfig) -> LoraSpec:
             f"target_modules names ({config.target_modules!r}).",
         )
     dropout = float(config.lora_dropout)
-    return LoraSpec(tuple(targets), dropout, bool(config.use_dora), saved_leaves(config.modules_to_save, model))
+    return LoraSpec(tuple(targets), dropout, bool(config.use_dora), saved_leaves(config, model))
 
 
 def resolve_targets(targets: list[str] | str | None, model: ModelConfig) -> tuple[str, ...]:
@@ -180,20 +179,23 @@ def _in_layers(config: LoraConfig, module: str) -> bool:
     return index in ([wanted] if isinstance(wanted, int) else list(wanted))
 
 
-def saved_leaves(names: Iterable[str] | None, model: ModelConfig) -> tuple[str, ...]:
+def saved_leaves(config: LoraConfig, model: ModelConfig) -> tuple[str, ...]:
     """Paths of the leaves of the modules that `modules_to_save` names: those whose path ends with the name (PEFT's rule), and all in them.
 
     Raises UserError: lora-target-unknown (no module), lora-target-unsupported (one that is tied, a router, or some layers' alone).
     """
     leaves = [path for path in parameter_shapes(model) if path.rpartition(".")[2] not in LEAVES]
     found = set()
-    for name in names or ():
+    for name in config.modules_to_save or ():
         if model.tie_word_embeddings and name.rpartition(".")[2] in ("embed_tokens", "lm_head"):
-            raise UserError(
-                "lora-target-unsupported",
-                f"modules_to_save names {name}, but the model ties its head to its embedding: a trained copy of one would untie them "
-                "without the saved files saying so. Leave it out, or train all parameters without an adapter.",
-            )
+            if not config.ensure_weight_tying:
+                raise UserError(
+                    "lora-target-unsupported",
+                    f"modules_to_save names {name}, but the model ties its head to its embedding, and a copy of one of them would untie "
+                    "them. Add ensure_weight_tying=True, which trains the one matrix for both, or leave the name out.",
+                )
+            found.add(EMBEDDING)
+            continue
         hits = {leaf for leaf in leaves if _saves(leaf, name, model)}
         if not hits:
             ends = ", ".join(sorted({leaf.split(".")[-2] for leaf in leaves}))

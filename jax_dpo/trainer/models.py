@@ -24,7 +24,6 @@ from jax_dpo.train.state import Facts, Frozen
 
 # What stands for the reference: the policy's own start, the model under the adapter, the adapter as it was, or another model.
 START, BASE, ADAPTER, OTHER = "start", "base", "adapter", "other"
-HEADS = ("lm_head.weight", "model.embed_tokens.weight")  # the second where the head is tied to it
 
 
 @dataclass(frozen=True)
@@ -137,12 +136,13 @@ def facts_of(
             "target_modules names lm_head, which carries no adapter in training (TRL refuses this too): logits are made from the whole "
             "matrix, piece by piece. Leave lm_head out of target_modules, or write modules_to_save: [lm_head] to train it whole.",
         )
+    head = "model.embed_tokens.weight" if policy.tie_word_embeddings else "lm_head.weight"
     tensor = mesh.shape["tensor"]
     return Facts(
         policy=policy,
         reference=reference,
         reference_on_base=pairing.kind in (BASE, ADAPTER),
-        shared_head=pairing.kind in (BASE, ADAPTER) and (lora is None or not {*lora.saved} & set(HEADS)),
+        shared_head=pairing.kind in (BASE, ADAPTER) and (lora is None or head not in lora.saved),
         compute_dtype=compute_dtype,
         remat=remat,
         attention=attention,

@@ -20,7 +20,7 @@ import numpy as np
 from jax_dpo.errors import UserError
 from jax_dpo.models.config import ModelConfig, parameter_shapes
 from jax_dpo.models.lora import LoraConfig, LoraSpec, LoraTarget
-from jax_dpo.models.lora_targets import ALL_LINEAR, lora_spec, modules_of
+from jax_dpo.models.lora_targets import ALL_LINEAR, EMBEDDING, lora_spec, modules_of
 from jax_dpo.weights.huggingface import INDEX, SINGLE, read_json
 from jax_dpo.weights.leaves import Index, Leaf, full_index, layer_of
 from jax_dpo.weights.names import PEFT_PREFIX, is_stacked
@@ -67,6 +67,8 @@ def pieces(spec: LoraSpec, model: ModelConfig) -> list[Piece]:
             inner = shape[len(layer) :]
             if not ranks:
                 found.append(Piece(f"{PEFT_PREFIX}{module}.{which}", path, layer, inner))
+                if path == EMBEDDING and model.tie_word_embeddings:  # one matrix, which PEFT's files hold by both names
+                    found.append(Piece(f"{PEFT_PREFIX}lm_head.weight", path, layer, inner))
                 continue
             r = ranks[at]
             rows = {"lora_a": (slice(r),), "lora_b": (slice(None), slice(r)), "lora_magnitude": ()}[which]

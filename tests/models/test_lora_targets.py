@@ -93,7 +93,7 @@ def test_a_module_that_is_saved_brings_all_that_lies_in_it() -> None:
     [
         ({"modules_to_save": ["head"]}, "llama", None, []),
         ({"modules_to_save": ["wte"]}, "llama", "lora-target-unknown", ["'wte'", "lm_head"]),
-        ({"modules_to_save": ["lm_head"]}, "qwen3", "lora-target-unsupported", ["lm_head", "ties"]),
+        ({"modules_to_save": ["lm_head"]}, "qwen3", "lora-target-unsupported", ["lm_head", "ensure_weight_tying"]),
         ({"modules_to_save": ["layers.1.mlp.up_proj"]}, "llama", "lora-target-unsupported", ["layers 1"]),
         ({"modules_to_save": ["gate"]}, "mixtral", "lora-target-unsupported", ["'gate'", "experts"]),
         ({"target_modules": "all-linear"}, "mixtral", "lora-target-unsupported", ["all-linear", "experts"]),
@@ -143,7 +143,7 @@ class ForeignConfig:
     def __init__(self, **more: Any) -> None:
         self.peft_type = Enum()
         self.r, self.lora_alpha, self.target_modules = 4, 16, {"v_proj", "k_proj"}
-        self.runtime_config = object()
+        self.runtime_config, self.modules_to_tie = object(), ["lm_head"]
         self.field_of_tomorrow = None
         self.__dict__.update(more)
 

@@ -6,6 +6,7 @@ default to tests/golden/adapters/kinds, which the tests of every day compare wit
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import numpy as np
 TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden"
 KINDS = GOLDEN / "adapters" / "kinds"
-START = GOLDEN / "training" / "start" / "llama"
+STARTS = GOLDEN / "training" / "start"
 TOKENIZER = GOLDEN / "tokenizers" / "chatml"
 STEPS, PAIRS_A_STEP = 4, 4
 
@@ -48,7 +49,15 @@ CASES: dict[str, dict[str, Any]] = {
         "r": 2,
         "lora_alpha": 4,
         "target_modules": ["v_proj"],
-        "modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"],
+        "modules_to_save": ["lm_head", "input_layernorm"],
+    },
+    # Its embedding is its head: one matrix, trained as one.
+    "tied": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["v_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
     },
 }
 # (family, peft.LoraConfig's fields) whose adapted modules are written with rank and scale.
@@ -113,9 +122,13 @@ def rows() -> list[dict[str, str]]:
     return pairs["train"][: STEPS * PAIRS_A_STEP]
 
 
+def start_of(case: str) -> Path:
+    return STARTS / ("qwen3" if case == "tied" else "llama")
+
+
 def token_ids() -> np.ndarray:
-    """[2, 6] token ids for which logits are written."""
-    return np.random.default_rng(0).integers(0, 512, (2, 6))
+    """[1, 6] token ids for which logits are written."""
+    return np.random.default_rng(0).integers(0, 512, (1, 6))
 
 
 def random_for(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -132,8 +145,8 @@ def write_case(case: str, out: Path) -> None:
     from trl import DPOConfig, DPOTrainer
 
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(str(START), dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **CASES[case]))
+    base = AutoModelForCausalLM.from_pretrained(str(start_of(case)), dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **copy.deepcopy(CASES[case])))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad:
@@ -152,7 +165,7 @@ def write_case(case: str, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
             model=model,
-            ref_model=AutoModelForCausalLM.from_pretrained(str(START), dtype=torch.float32),
+            ref_model=AutoModelForCausalLM.from_pretrained(str(start_of(case)), dtype=torch.float32),
             args=DPOConfig(output_dir=folder, use_cpu=True, **OPTIONS),
             train_dataset=Dataset.from_list(rows()),
             processing_class=AutoTokenizer.from_pretrained(str(TOKENIZER)),

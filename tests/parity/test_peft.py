@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -27,11 +28,11 @@ def torch_logits(model: Any) -> np.ndarray:
         return model.eval()(torch.tensor(numbers.token_ids())).logits.float().numpy()
 
 
-def torch_base() -> Any:
+def torch_base(case: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(str(numbers.START), dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(str(numbers.start_of(case)), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -62,14 +63,16 @@ def test_peft_loads_what_is_written_here(case: str, tmp_path: Path) -> None:
     from jax_dpo.weights.leaves import InMemory
     from jax_dpo.weights.peft import pieces
 
-    policy = load_model(numbers.START).with_new_adapter(LoraConfig(**numbers.CASES[case]), seed=1)
+    policy = load_model(numbers.start_of(case)).with_new_adapter(
+        LoraConfig(**copy.deepcopy(numbers.CASES[case])), seed=1
+    )
     assert policy.config.lora is not None
     moved = {path: leaf.read() for path, leaf in policy.leaves.items() if policy.config.lora.trains(path)}
     for piece in pieces(policy.config.lora, policy.config):
         moved[piece.path][piece.part] += 0.05 * numbers.random_for(piece.name, piece.shape)
     policy = replace(policy, leaves={**policy.leaves, **{path: InMemory(x) for path, x in moved.items()}})
     save_model(policy, tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(torch_base(), str(tmp_path / "adapter"))
+    theirs = peft.PeftModel.from_pretrained(torch_base(case), str(tmp_path / "adapter"))
     np.testing.assert_allclose(policy(numbers.token_ids()), torch_logits(theirs), atol=2e-5)
     save_model(policy, tmp_path / "merged", merge=True)
     merged = load_model(tmp_path / "merged")(numbers.token_ids())
@@ -82,13 +85,13 @@ def test_a_peft_model_in_memory_is_taken_as_it_is(case: str) -> None:
     peft = pytest.importorskip("peft")
     from jax_dpo import LoraConfig, load_model
 
-    model = peft.PeftModel.from_pretrained(torch_base(), str(numbers.KINDS / case / "initial"))
+    model = peft.PeftModel.from_pretrained(torch_base(case), str(numbers.KINDS / case / "initial"))
     if "modules_to_save" not in numbers.CASES[case]:
         model.add_adapter("other", peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
     got = load_model(model)
     np.testing.assert_allclose(got(numbers.token_ids()), torch_logits(model), atol=2e-5)
-    want = load_model(numbers.START, adapter=numbers.KINDS / case / "initial")
+    want = load_model(numbers.start_of(case), adapter=numbers.KINDS / case / "initial")
     assert got.config == want.config
-    given = LoraConfig.of(peft.LoraConfig(task_type="CAUSAL_LM", **numbers.CASES[case]))
-    ours = load_model(numbers.START).with_new_adapter(LoraConfig(**numbers.CASES[case]), 0)
-    assert load_model(numbers.START).with_new_adapter(given, 0).config == ours.config
+    given = LoraConfig.of(peft.LoraConfig(task_type="CAUSAL_LM", **copy.deepcopy(numbers.CASES[case])))
+    ours = load_model(numbers.start_of(case)).with_new_adapter(LoraConfig(**copy.deepcopy(numbers.CASES[case])), 0)
+    assert load_model(numbers.start_of(case)).with_new_adapter(given, 0).config == ours.config

@@ -16,8 +16,9 @@ from jax_dpo import DPOConfig, DPOTrainer, LoraConfig, load_model, save_model
 from jax_dpo.errors import UserError
 
 KINDS = tiny.GOLDEN / "adapters" / "kinds"
-START = tiny.GOLDEN / "training" / "start" / "llama"
-CASES = ("dora", "patterns", "dora_layer", "saved")
+STARTS = tiny.GOLDEN / "training" / "start"
+START = STARTS / "llama"
+CASES = ("dora", "patterns", "dora_layer", "saved", "tied")
 # The tolerances of a training run in float32, between two runs of torch times ten.
 NEAR: dict[str, dict[str, float]] = {name: {"rel": 5e-5, "abs": 0} for name in ("loss", "grad_norm")}
 NEAR |= {"rewards": {"rel": 0, "abs": 5e-5}, "logps": {"rel": 0, "abs": 5e-4}}
@@ -25,7 +26,11 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def token_ids() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 512, (2, 6))
+    return np.random.default_rng(0).integers(0, 512, (1, 6))
+
+
+def start_of(case: Path) -> Path:
+    return STARTS / ("qwen3" if case.name == "tied" else "llama")
 
 
 @pytest.fixture(params=CASES)
@@ -36,34 +41,34 @@ def case(request: pytest.FixtureRequest) -> Path:
 def test_logits_of_what_peft_wrote(case: Path) -> None:
     want = load_file(case / "logits.safetensors")
     for name in ("initial", "final"):
-        got = load_model(START, adapter=case / name)(token_ids())
+        got = load_model(start_of(case), adapter=case / name)(token_ids())
         np.testing.assert_allclose(got, want[name], atol=2e-5)
 
 
 def test_files_come_back_byte_for_byte(case: Path, tmp_path: Path) -> None:
-    save_model(load_model(START, adapter=case / "final"), tmp_path / "out")
+    save_model(load_model(start_of(case), adapter=case / "final"), tmp_path / "out")
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (case / "final" / WEIGHTS).read_bytes()
     written, theirs = (json.loads((d / CONFIG).read_text()) for d in (tmp_path / "out", case / "final"))
-    assert written.pop("base_model_name_or_path") == str(START)
+    assert written.pop("base_model_name_or_path") == str(start_of(case))
     theirs.pop("base_model_name_or_path")
     assert written == theirs
 
 
 def test_merged_as_peft_merges(case: Path, tmp_path: Path) -> None:
-    adapted = load_model(START, adapter=case / "final")
+    adapted = load_model(start_of(case), adapter=case / "final")
     save_model(adapted, tmp_path / "merged", merge=True)
     want = load_file(case / "logits.safetensors")["merged"]
     np.testing.assert_allclose(load_model(tmp_path / "merged")(token_ids()), want, atol=2e-5)
     # Without its adapter it is what it was.
-    plain = load_model(START)
+    plain = load_model(start_of(case))
     assert np.array_equal(adapted.base()(token_ids()), plain(token_ids()))
 
 
 def test_four_steps_as_trl_trains_them(case: Path, tmp_path: Path) -> None:
     run = json.loads((case / "run.json").read_text())
     trainer = DPOTrainer(
-        model=load_model(START, adapter=case / "initial"),
-        ref_model=str(START),
+        model=load_model(start_of(case), adapter=case / "initial"),
+        ref_model=str(start_of(case)),
         args=DPOConfig(str(tmp_path / "run"), drop_rows=[], **run["options"]),
         train_dataset=tiny.PAIRS["train"][:16],
         processing_class=str(tiny.TOKENIZER),
@@ -86,7 +91,7 @@ def test_four_steps_as_trl_trains_them(case: Path, tmp_path: Path) -> None:
     # What is written is what was trained, and rows beyond a layer's rank, which are in the merge and not in the files, are still 0.
     trainer.save_model(str(tmp_path / "merged"), merge=True)
     merged = load_model(tmp_path / "merged")(token_ids())
-    np.testing.assert_allclose(load_model(START, adapter=tmp_path / "out")(token_ids()), merged, atol=2e-5)
+    np.testing.assert_allclose(load_model(start_of(case), adapter=tmp_path / "out")(token_ids()), merged, atol=2e-5)
     np.testing.assert_allclose(merged, load_file(case / "logits.safetensors")["merged"], atol=2e-3)
 
 
