@@ -105,7 +105,10 @@ def fresh(config: Any, out: Path, **options: Any) -> DPOTrainer:
     )
 
 
-@pytest.mark.parametrize(("case", "bf16"), [("dora_layer", False), ("saved", False), ("dora", True)])
+@pytest.mark.parametrize(
+    ("case", "bf16"),
+    [("dora_layer", False), ("saved", False), pytest.param("dora_layer", True, marks=pytest.mark.slow)],
+)
 def test_a_fresh_adapter_starts_as_the_base(case: str, bf16: bool, tmp_path: Path) -> None:
     """Loss ln 2, margin and KL 0 before anything has moved: the base is the reference, whatever is trained beside it."""
     config = LoraConfig(**json.loads((KINDS / case / "run.json").read_text())["config"])

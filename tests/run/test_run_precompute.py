@@ -76,7 +76,7 @@ def test_the_sums_are_trls(tmp_path: Path) -> None:
     from test_run_trl import recorded, trainer_of
 
     run = recorded("precompute")
-    trainer = trainer_of(run, tmp_path / "out", None, start_is_reference=False)
+    trainer = trainer_of(run, tmp_path / "out", None, start_is_reference=False, by_batches=False)
     theirs = run["precomputed"]["train"]
     of_row = dict(zip(theirs["row"], zip(theirs["ref_chosen_logps"], theirs["ref_rejected_logps"])))
     rows = trainer.train_dataset

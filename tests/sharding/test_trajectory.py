@@ -74,6 +74,7 @@ def test_meshes_take_the_same_steps_with_an_adapter(mesh: tuple[int, int, int]) 
     check_same(found, on_one_device(True))
 
 
+@pytest.mark.slow
 def test_meshes_take_the_same_steps_with_a_rich_adapter() -> None:
     """DoRA in some layers, ranks that differ, embedding and head trained whole."""
     want = tiny.run(tiny.engine_on(ONE, lora=tiny.RICH, adam_epsilon=EPSILON))
