@@ -77,6 +77,8 @@ BETTER: dict[str, str] = {
     "report_to": "`run.jsonl` and `report.html` are always written.",
     "project": "TRL's is read by Trackio alone; here wandb shows the run under it.",
     "lora_dropout": "As in TRL silent unless `disable_dropout` is false; that is said.",
+    "datasets": "The rows of a file that are left out are named by file and line; a `split` may be a part, as `train[:1000]`.",
+    "dataset_streaming": "As in TRL in the data's own order. What lies on this machine is read whole.",
     "dataset_name": "A local file or directory is fine; no builder is named.",
     "model_name_or_path": "GGUF files too.",
     "test_split_size": "Seeded: the split is the same in each run and on each host (TRL's is drawn anew).",
@@ -92,7 +94,9 @@ def page() -> str:
         table(DPOConfig, TRL["DPOConfig"]),
         "## Script and model arguments\n\nOn the command line and in YAML.\n",
         table(ScriptArguments, script),
-        "## A mixture of data sets\n\nIn YAML.\n",
+        "## A mixture of data sets\n\nIn YAML; each entry of `datasets` has TRL's "
+        + ", ".join(f"`{name}`" for name in TRL["DatasetConfig"])
+        + ". So is `env`, which sets environment variables.\n",
         table(ScriptArguments, TRL["DatasetMixtureConfig"]),
         "## Values\n\nValues of options that are here, which TRL, transformers or older scripts know and jax_dpo does not take.\n",
         values(),
@@ -164,7 +168,7 @@ def arguments() -> str:
         "model": "Same: a directory or a Hub name; also a GGUF file, a model of `load_model`, a transformers model object.",
         "ref_model": "Same.",
         "args": "Same: `DPOConfig`.",
-        "train_dataset": "Same; also a list of dicts or a file.",
+        "train_dataset": "Same, an `IterableDataset` with `max_steps` among them; also a list of dicts or a file.",
         "eval_dataset": "Same; several sets by name give `eval_<name>_` in front of every metric.",
         "processing_class": "Same; `tokenizer=` is taken too.",
         "callbacks": "Objects with any of `on_log`, `on_evaluate`, `on_save`, called with TRL's arguments. They may look, not steer.",

@@ -125,6 +125,8 @@ SCRIPT_DEFAULTS: dict[str, Any] = {
     "dataset_test_split": "test",
     "eval_dataset": None,
     "test_split_size": None,
+    "datasets": [],
+    "dataset_streaming": False,
     "use_peft": False,
     "lora_r": 16,
     "lora_alpha": 32,

@@ -141,7 +141,10 @@ def test_every_fault_is_told_with_its_place(tmp_path: Path) -> None:
         ("just words\n", "found the text 'just words'"),
         ("beta: 0.1\nseed: 1\nbeta: 0.2\n", "beta stands twice, in lines 1 and 3"),
         ("training:\n  beta: 0.1\n", "training"),
-        ("datasets:\n  - path: x\n", "join the files"),
+        ("datasets:\n  - split: train\n", "entry 1 has no path"),
+        ("datasets:\n  - path: x\n    fractoin: 1\n", "did you mean fraction?"),
+        ("datasets: x.jsonl\n", "expected a list of mappings"),
+        ("env: [A]\n", "expected a mapping of names to texts"),
     ],
 )
 def test_a_broken_file_is_refused_with_its_name(tmp_path: Path, text: str, words: str) -> None:

@@ -80,8 +80,8 @@ class SameAs(Advice):
     option: str
     kind: Any
 
-    def __new__(cls, option: str, kind: Any) -> Self:
-        made = super().__new__(cls, f"write {option}", None)
+    def __new__(cls, option: str, kind: Any, *values: Any) -> Self:
+        made = super().__new__(cls, f"write {option}", None, *values)
         made.option, made.kind = option, kind
         return made
 
@@ -162,13 +162,16 @@ def is_list(hint: Any) -> bool:
     return any(typing.get_origin(member) is list for member in members(hint))
 
 
+_ITEMS = {str: "names", float: "numbers"}
+
+
 def type_words(hint: Any) -> str:
     """The type in words, for messages: "a whole number or null"."""
     names: list[str] = []
     for member in members(hint):
         origin = typing.get_origin(member)
         if origin is list:
-            names.append("a list of " + {str: "names", float: "numbers"}[typing.get_args(member)[0]])
+            names.append("a list of " + _ITEMS.get(typing.get_args(member)[0], "mappings"))
         elif origin is dict:
             names.append("a mapping (JSON)")
         else:
@@ -258,6 +261,9 @@ def _as_list(value: Any, kind: Any, *, lone: bool) -> Any:
         value = [value] if lone else MISSING
     if value is MISSING or isinstance(value, Mapping) or not isinstance(value, Iterable):
         return MISSING
+    if typing.get_origin(kind) is dict:
+        items = [_as_dict(item, typing.get_args(kind)[1]) for item in value]
+        return MISSING if MISSING in items else items
     items = [_READERS[kind](item.value if isinstance(item, enum.Enum) else item) for item in value]
     if lone and len(items) == 1 and isinstance(items[0], str) and items[0].lower() in NULL_WORDS:
         return []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_dpo.config.advice import ADVICE
-from jax_dpo.config.fields import Advice, Problem, refuse, sort_out
+from jax_dpo.config.fields import Advice, Problem, refuse, show, sort_out
 from jax_dpo.config.flags import option_types, read_flags
 from jax_dpo.config.options import DPOConfig, check_values
 from jax_dpo.config.script import ScriptArguments, check_script
@@ -22,6 +23,7 @@ def parse(
 ) -> tuple[ScriptArguments, DPOConfig]:
     """Options from YAML files (positional, or after --config) and from the command line, which wins.
 
+    `env` in a file sets environment variables, once everything is found to be right.
     `needs` names the arguments that must be given. With `data_first` a positional that is no YAML file is the data set.
     Raises one `UserError` that tells everything that is wrong, with the file in which it stands.
     """
@@ -39,14 +41,19 @@ def parse(
         given["dataset_name"], origins["dataset_name"] = data, "command line"
     for name, value in flags.given.items():
         given[name], origins[name] = value, "command line"
+    env = given.pop("env", None) or {}
+    if not isinstance(env, Mapping) or not all(isinstance(v, str | int | float) for v in env.values()):
+        problems.append(Problem("env", f"found {show(env)}, expected a mapping of names to texts"))
     given, unknown = sort_out(given, hints, ADVICE)
     problems += unknown
     mine = {item.name for item in dataclasses.fields(ScriptArguments)}
     script, wrong_script = check_script(ScriptArguments, {name: value for name, value in given.items() if name in mine})
     config, wrong_config = check_values(DPOConfig, {name: value for name, value in given.items() if name not in mine})
     problems += wrong_script + wrong_config
-    problems += [Problem(name, _NEEDED[name]) for name in needs if not given.get(name) and name in _NEEDED]
+    there = {name for name, value in given.items() if value} | ({"dataset_name"} if given.get("datasets") else set())
+    problems += [Problem(name, _NEEDED[name]) for name in needs if name not in there and name in _NEEDED]
     refuse(problems, origins)
+    os.environ.update({str(name): str(value) for name, value in env.items()})
     return ScriptArguments(**script), DPOConfig(**config)
 
 

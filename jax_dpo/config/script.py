@@ -6,12 +6,24 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jax_dpo.config.advice import ADVICE, VALUE_ADVICE
-from jax_dpo.config.fields import Check, Problem, above, at_least, option, read, sort_out, validated, within
+from jax_dpo.config.fields import (
+    Check,
+    Problem,
+    above,
+    at_least,
+    nearest,
+    option,
+    read,
+    show,
+    sort_out,
+    validated,
+    within,
+)
 
 _SHARE_OR_COUNT = Check(
     "a share between 0 and 1, or a whole number of rows", lambda value: value > 0 and (value < 1 or value == int(value))
@@ -27,7 +39,66 @@ def check_script(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], l
     # PEFT reads a text as a pattern that must match the whole path, so a plain name would match nothing.
     if isinstance(modules, str) and modules != "all-linear" and re.fullmatch(r"\w+", modules):
         values["lora_target_modules"] = [modules]
+    if "datasets" in values:
+        problems += _faults_of_mixture(values["datasets"])
+    if values.get("datasets") and values.get("dataset_streaming"):
+        problems.append(Problem("dataset_streaming", "a mixture (datasets) is read whole; leave it out"))
     return values, unknown + problems
+
+
+_ENTRY = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
+
+
+def _faults_of_mixture(entries: list[dict[str, Any]]) -> list[Problem]:
+    """What is wrong with the entries of `datasets`."""
+    found = []
+    for number, entry in enumerate(entries, 1):
+        where = f"entry {number}"
+        for key, value in entry.items():
+            if key not in _ENTRY:
+                close = nearest(key, _ENTRY, n=1)
+                hint = f"; did you mean {close[0]}?" if close else f"; it has {', '.join(_ENTRY)}"
+                found.append(f"{where} has {key}, which is not known{hint}")
+            elif value is not None and not _ENTRY_KINDS[key](value):
+                found.append(f"{where}, {key}: found {show(value)}, expected {_ENTRY_WORDS[key]}")
+        if not entry.get("path"):
+            found.append(f"{where} has no path: a file, a directory, a Hub name, or json, csv, parquet with data_files")
+    shares = [entry["fraction"] for entry in entries if entry.get("fraction") is not None]
+    if shares and len(shares) < len(entries):
+        found.append("fraction stands in some entries and not in others; expected in all or in none")
+    elif not found and shares and sum(shares) <= 0:
+        found.append("the fractions sum to 0, expected more")
+    return [Problem("datasets", text) for text in found]
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _files(value: Any) -> bool:
+    return (
+        _text(value)
+        or _texts(value)
+        or (isinstance(value, dict) and all(_text(v) or _texts(v) for v in value.values()))
+    )
+
+
+_ENTRY_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("path", "name", "data_dir", "split"), _text),
+    "data_files": _files,
+    "columns": _texts,
+    "fraction": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0,
+}
+_ENTRY_WORDS = {
+    **dict.fromkeys(("path", "name", "data_dir", "split"), "text"),
+    "data_files": "a file, a list of files, or a mapping of splits to them",
+    "columns": "a list of names",
+    "fraction": "a number of at least 0",
+}
 
 
 @validated(check_script)
@@ -61,6 +132,18 @@ class ScriptArguments:
         "Rows that are held out of the training data where there is no test split: a share or a number.",
         group="Data",
         check=_SHARE_OR_COUNT,
+    )
+
+    datasets: list[dict[str, Any]] = option(
+        [],
+        "Several data sets as one, in YAML: a list of path, name, data_dir, data_files, split (train[:1000] is a part), columns, fraction; "
+        "dataset_name is not used then.",
+        group="Data",
+    )
+    dataset_streaming: bool = option(
+        False,
+        "Read a data set on the Hub row by row, in its own order and as far as max_steps (which it needs) takes; files are read whole.",
+        group="Data",
     )
 
     use_peft: bool = option(False, "Train a LoRA adapter; the model itself is the reference.", group="LoRA")
@@ -97,6 +180,14 @@ class ScriptArguments:
 
     def warnings(self) -> list[str]:
         """Sentences on arguments that have no effect beside the others."""
+        return [*self._unused_data(), *self._unused_adapter()]
+
+    def _unused_data(self) -> list[str]:
+        if self.datasets and self.dataset_name:
+            return ["datasets is used, dataset_name is not"]
+        return []
+
+    def _unused_adapter(self) -> list[str]:
         changed = [
             item.name
             for item in dataclasses.fields(self)

@@ -22,9 +22,10 @@ def is_hub_name(text: str) -> bool:
     return bool(_NAME.fullmatch(text))
 
 
-def load_from_hub(name: str, config: str | None) -> Any:
+def load_from_hub(name: str, config: str | None, *, streaming: bool = False) -> Any:
     """All splits of a data set on the Hub, as `datasets` gives them (a `DatasetDict`).
 
+    With `streaming` they are read row by row, when they are asked for.
     Without a connection the copy that `datasets` keeps is used, where there is one.
     Raises `UserError`: no connection and no copy; no such data set, configuration or access.
     """
@@ -33,7 +34,7 @@ def load_from_hub(name: str, config: str | None) -> Any:
 
     try:
         with contextlib.nullcontext() if connected else _offline():
-            return datasets.load_dataset(name, config)
+            return datasets.load_dataset(name, config, **({"streaming": True} if streaming else {}))
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
             "hub-data-missing",

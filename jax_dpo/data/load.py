@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ class Rows:
             values = [whole.values[int(i)] for i in indices]
             return Loaded(values, whole.numbers[indices], whole.file_of[indices], whole.columns)
 
-        return Rows(name, self.files, _digest(self.fingerprint.encode(), indices.tobytes()), load)
+        return Rows(name, self.files, digest(self.fingerprint.encode(), indices.tobytes()), load)
 
 
 def load_rows(source: Any, *, split: str | None = None, config: str | None = None, name: str | None = None) -> Rows:
@@ -94,6 +95,42 @@ def load_rows(source: Any, *, split: str | None = None, config: str | None = Non
     if isinstance(source, str | Path):
         return _from_path(source, split, config, name)
     return _from_python(source, split, name)
+
+
+class Stream(NamedTuple):
+    """Rows that are to be taken one by one in their order, as far as they are needed."""
+
+    rows: Rows
+
+
+def is_stream(source: Any) -> bool:
+    """Whether rows are read in their order: a `Stream`, or a data set without a length (`datasets.IterableDataset`)."""
+    return isinstance(source, Stream) or (
+        type(source).__module__.startswith("datasets.")
+        and not isinstance(source, Mapping)
+        and not hasattr(source, "__len__")
+    )
+
+
+def stream_rows(source: Any, most: int | None = None) -> Any:
+    """The first `most` rows of a stream (None: all), with the columns that are read alone, as `load_rows` takes them."""
+    if isinstance(source, Stream):
+        rows = source.rows
+        return rows if most is None or most >= len(rows) else rows.select(np.arange(most), rows.name)
+    return [
+        {k: v for k, v in row.items() if k in READ_COLUMNS} if isinstance(row, Mapping) and "chosen" in row else row
+        for row in islice(iter(source), most)
+    ]
+
+
+def open_stream(source: str, *, split: str, config: str | None = None, missing_ok: bool = False) -> Any:
+    """The rows of a data set on the Hub, read one by one in their order; with `missing_ok` None where it has no such split.
+
+    Raises `UserError` as `load_rows` does.
+    """
+    _check_hub_name(source)
+    found = load_from_hub(source, config, streaming=True)
+    return None if missing_ok and split not in found else found[_pick(list(found), split, source)]
 
 
 def list_splits(source: Any, *, config: str | None = None) -> list[str]:
@@ -228,12 +265,8 @@ def _from_python(source: Any, split: str | None, name: str | None) -> Rows:
         label = name or "the data set"
         return _from_python(source[_pick(list(source), split, label)], None, name)
     if type(source).__module__.startswith("datasets."):
-        if not hasattr(source, "__len__"):
-            raise UserError(
-                "data-iterable",
-                f"{name or 'the data set'} is a {type(source).__name__}: a data set with a length is needed, since rows "
-                "are checked and shuffled as a whole. Use Dataset.from_list(list(it)) for what fits in memory.",
-            )
+        if is_stream(source):
+            return _python_rows(stream_rows(source), name or "the data set")
         return _from_dataset(source, name or "the data set")
     if isinstance(source, Sequence) and not isinstance(source, str | bytes):
         values = list(source)
@@ -248,7 +281,7 @@ def _from_python(source: Any, split: str | None, name: str | None) -> Rows:
 def _python_rows(values: list[Any], label: str) -> Rows:
     loaded = Loaded(values, np.arange(1, len(values) + 1), np.zeros(len(values), np.int32), None)
     parts = (json.dumps(value, ensure_ascii=False, default=repr).encode("utf-8", "surrogatepass") for value in values)
-    return Rows(label, [label], _digest(b"python", *parts), lambda: loaded)
+    return Rows(label, [label], digest(b"python", *parts), lambda: loaded)
 
 
 def _from_dataset(dataset: Any, label: str) -> Rows:
@@ -256,7 +289,7 @@ def _from_dataset(dataset: Any, label: str) -> Rows:
     fingerprint = getattr(dataset, "_fingerprint", None)
     if not isinstance(fingerprint, str):
         return _python_rows(list(dataset), label)
-    return Rows(label, [label], _digest(b"datasets", fingerprint.encode()), lambda: _dataset_rows(dataset))
+    return Rows(label, [label], digest(b"datasets", fingerprint.encode()), lambda: _dataset_rows(dataset))
 
 
 def _dataset_rows(dataset: Any) -> Loaded:
@@ -283,7 +316,8 @@ def _hash_files(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _digest(*parts: bytes) -> str:
+def digest(*parts: bytes) -> str:
+    """A hash of the parts and of where each ends."""
     digest = hashlib.blake2b(digest_size=20)
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jax_dpo.config import DPOConfig, ScriptArguments
-from jax_dpo.data.load import Rows, list_splits, load_rows, split_rows
+from jax_dpo.data.load import Rows, Stream, is_stream, list_splits, load_rows, open_stream, split_rows
+from jax_dpo.data.mixture import Source, load_mixture
 from jax_dpo.errors import OK, STOPPED, Stopped, UserError
 from jax_dpo.models.lora import LoraConfig
 from jax_dpo.report.terminal import Terminal
 from jax_dpo.sharding.multihost import is_primary, leave
 
 
-def _train_rows(script: ScriptArguments) -> Rows:
+def _is_streamed(script: ScriptArguments) -> bool:
+    """Whether rows come one by one from the Hub; what lies here is read whole."""
+    return script.dataset_streaming and not Path(script.dataset_name).expanduser().exists()
+
+
+def _train_rows(script: ScriptArguments) -> Any:
+    if script.datasets:
+        return load_mixture([Source(**entry) for entry in script.datasets])
+    if _is_streamed(script):
+        return open_stream(script.dataset_name, split=script.dataset_train_split, config=script.dataset_config)
     return load_rows(script.dataset_name, split=script.dataset_train_split, config=script.dataset_config)
 
 
@@ -21,8 +32,12 @@ def _held_out(script: ScriptArguments) -> Any:
     """Held-out pairs that are named, or a test split that is there; None where there are none."""
     if script.eval_dataset is not None:
         return script.eval_dataset
-    if not script.dataset_name:
+    if not script.dataset_name or script.datasets:
         return None
+    if _is_streamed(script):
+        return open_stream(
+            script.dataset_name, split=script.dataset_test_split, config=script.dataset_config, missing_ok=True
+        )
     splits = list_splits(script.dataset_name, config=script.dataset_config)
     if script.dataset_test_split in splits:
         return load_rows(script.dataset_name, split=script.dataset_test_split, config=script.dataset_config)
@@ -30,13 +45,18 @@ def _held_out(script: ScriptArguments) -> Any:
 
 
 def _data(script: ScriptArguments, config: DPOConfig) -> tuple[Any, Any]:
-    """Training rows and held-out rows."""
+    """Training rows and held-out rows. What is held out is not trained on, also where nothing is evaluated."""
     train, held_out = _train_rows(script), _held_out(script)
-    if config.eval_strategy == "no":
-        return train, None
+    if script.dataset_streaming and isinstance(train, Rows):
+        train = Stream(train)
     if held_out is None and script.test_split_size is not None:
-        return split_rows(train, script.test_split_size, config.seed)
-    return train, held_out
+        if is_stream(train):
+            raise UserError(
+                "stream-without-length",
+                "test_split_size cannot be taken from a stream: leave dataset_streaming out, or name the pairs in eval_dataset.",
+            )
+        train, held_out = split_rows(train, script.test_split_size, config.seed)
+    return train, None if config.eval_strategy == "no" else held_out
 
 
 def _adapter(script: ScriptArguments) -> LoraConfig | None:
@@ -79,7 +99,7 @@ def run_training(script: ScriptArguments, config: DPOConfig) -> int:
             display=display,
             revision=script.model_revision,
         )
-        trainer.notes = [*script.warnings(), *(notes or trainer.notes)]
+        trainer.notes = list(dict.fromkeys([*script.warnings(), *notes, *trainer.notes]))
         trainer.train()
         code = trainer.exit_code
         already = trainer.already_finished

@@ -14,7 +14,7 @@ import numpy as np
 from jax_dpo.config import DPOConfig
 from jax_dpo.config.places import token_cache
 from jax_dpo.data.batch import Tree
-from jax_dpo.data.load import Rows
+from jax_dpo.data.load import Rows, Stream, stream_rows
 from jax_dpo.data.pack import Sizes
 from jax_dpo.data.prepare import DataOptions, PreparedData, prepare
 from jax_dpo.data.tokenize import tokenizer_fingerprint
@@ -156,6 +156,36 @@ def prepare_set(
     if not may_be_empty:
         data.require_pairs()
     return PairSet(data, config.share_prompt)
+
+
+def prepare_stream(
+    source: Any,
+    tokenizer: Tokenizer,
+    config: DPOConfig,
+    *,
+    pairs: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> PairSet:
+    """The first `pairs` pairs of a data set without a length, or all where it has fewer; rows that are dropped do not count.
+
+    Raises:
+      UserError: see `prepare_set`.
+    """
+    rows = pairs
+    while True:
+        read = stream_rows(source, rows)
+        found = prepare_set(
+            read,
+            tokenizer,
+            config,
+            name=None if isinstance(source, Stream) else "the data stream",
+            progress=progress,
+            may_be_empty=True,
+        )
+        if len(found) >= pairs or len(read) < rows:
+            found.data.require_pairs()
+            return found
+        rows += pairs - len(found)  # no more than are missing, so that an epoch of a stream is what the run takes
 
 
 def prepare_evaluation(given: Any, tokenizer: Tokenizer, config: DPOConfig) -> dict[str | None, PairSet]:

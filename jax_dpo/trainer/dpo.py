@@ -6,11 +6,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jax_dpo.config import DPOConfig
+from jax_dpo.data.load import is_stream
 from jax_dpo.errors import OK, Stopped, UserError
 from jax_dpo.policy import Policy
 from jax_dpo.report.records import Record, RunLog, log_history
@@ -22,7 +23,7 @@ from jax_dpo.train.memory import MemorySettings, memory_advice
 from jax_dpo.train.signals import StopRequest
 from jax_dpo.train.state import TrainState
 from jax_dpo.trainer import outputs
-from jax_dpo.trainer.datasets import Tokenizer, prepare_evaluation, prepare_set
+from jax_dpo.trainer.datasets import PairSet, Tokenizer, prepare_evaluation, prepare_set, prepare_stream
 from jax_dpo.trainer.engine import Engine
 from jax_dpo.trainer.models import check_sync, pair_models
 from jax_dpo.trainer.parts import assemble, evaluation_metrics, fresh_progress, make_plan, ranking_of, start_record
@@ -92,12 +93,7 @@ class DPOTrainer(TrlSurface):
             check_sync(self.pairing)
         self.notes = prepare_jax(self.args)
         self.tokenizer = Tokenizer(processing_class if processing_class is not None else tokenizer, self.pairing.policy)
-        self.train_set = None
-        if train_dataset is not None:
-            # Whoever only looks at `train_dataset` sees, as in TRL, that nothing is left; `train` says why.
-            self.train_set = prepare_set(
-                train_dataset, self.tokenizer, self.args, progress=self._tokenizing, may_be_empty=True
-            )
+        self.train_set = self._training_pairs(train_dataset)
         self.eval_sets = prepare_evaluation(eval_dataset, self.tokenizer, self.args)
         if self.args.eval_strategy != "no" and not self.eval_sets:
             raise UserError(
@@ -117,6 +113,24 @@ class DPOTrainer(TrlSurface):
         self.began = began
         self._device_state: Any = None
         self._frozen: Any = None
+
+    def _training_pairs(self, source: Any) -> PairSet | None:
+        """The pairs to train on. A stream gives as many as the run takes, in its own order, as in TRL."""
+        if source is None:
+            return None
+        if not is_stream(source):
+            # Whoever only looks at `train_dataset` sees, as in TRL, that nothing is left; `train` says why.
+            return prepare_set(source, self.tokenizer, self.args, progress=self._tokenizing, may_be_empty=True)
+        if self.args.max_steps <= 0:
+            raise UserError(
+                "stream-without-max-steps",
+                "The training data are a stream (an IterableDataset, or dataset_streaming), which is read as far as it is needed, so "
+                "max_steps must say how long the run is: set it.",
+            )
+        self.args = replace(self.args, train_sampling_strategy="sequential")
+        self.notes = [*self.notes, "the training data are a stream: pairs are taken in its own order"]
+        pairs = self.args.max_steps * make_plan(self.args, 1).pairs_per_step
+        return prepare_stream(source, self.tokenizer, self.args, pairs=pairs, progress=self._tokenizing)
 
     @property
     def model(self) -> Policy:

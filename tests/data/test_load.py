@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_dpo.data.load import list_splits, load_rows, split_rows
+from jax_dpo.data.load import is_stream, list_splits, load_rows, open_stream, split_rows
 from jax_dpo.errors import UserError
 
 ROWS: list[dict[str, Any]] = [
@@ -134,8 +134,8 @@ def test_python_objects() -> None:
     assert list(load_rows(tuple(ROWS), name="mine").rows) == ROWS
     assert load_rows(ROWS, name="mine").place(1) == ("mine", 2)
     assert load_rows(ROWS).fingerprint == load_rows(list(ROWS)).fingerprint != load_rows(ROWS[:2]).fingerprint
-    with pytest.raises(UserError, match="IterableDataset: a data set with a length"):
-        load_rows(made.to_iterable_dataset())
+    assert list(load_rows(made.to_iterable_dataset()).rows) == ROWS
+    assert is_stream(made.to_iterable_dataset()) and not is_stream(made) and not is_stream(ROWS)
     with pytest.raises(UserError, match="of type int"):
         load_rows(3)
 
@@ -273,8 +273,10 @@ def test_hub_data(monkeypatch: pytest.MonkeyPatch) -> None:
     made = datasets.Dataset.from_list(ROWS)
     asked: list[Any] = []
 
-    def answer(name: str, config: str | None) -> Any:
+    def answer(name: str, config: str | None, streaming: bool = False) -> Any:
         asked.append((name, config))
+        if streaming:
+            return datasets.IterableDatasetDict(train=made.to_iterable_dataset())
         if name == "no/such":
             raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/such' doesn't exist on the Hub.")
         if name == "many/configs":
@@ -290,6 +292,10 @@ def test_hub_data(monkeypatch: pytest.MonkeyPatch) -> None:
         load_rows("owner/pairs", split="train")
     with pytest.raises(UserError, match="the Hub answers: Dataset 'no/such' doesn't exist"):
         load_rows("no/such", split="train")
+    assert list(open_stream("owner/pairs", split="train")) == ROWS
+    assert open_stream("owner/pairs", split="test", missing_ok=True) is None
+    with pytest.raises(UserError, match=r"no split 'test'\. It has: train"):
+        open_stream("owner/pairs", split="test")
     with pytest.raises(UserError, match="pick one among"):
         load_rows("many/configs", split="train")
 

@@ -27,7 +27,8 @@ COMMON: dict[str, Any] = {
     "save_strategy": "no",
     "seed": 42,
 }
-# name: options beside the common ones. eval_dataset is the training set.
+PAIRS = "pairs7.jsonl"
+# name: options beside the common ones; `pairs` is another file. eval_dataset is the training set.
 RUNS: dict[str, dict[str, Any]] = {
     "drop_last": {"dataloader_drop_last": True},
     "adafactor": {"optim": "adafactor", "learning_rate": 1e-4, "weight_decay": 0.1},
@@ -35,6 +36,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "log_epochs": {"logging_strategy": "epoch", "max_steps": 3},
     "log_first_only": {"logging_strategy": "no", "logging_first_step": True, "max_steps": 2},
     "eval_delay": {"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 3},
+    "stream": {"dataset_streaming": True, "max_steps": 3, "pairs": "pairs40.jsonl"},
+    "stream_that_ends": {"dataset_streaming": True, "max_steps": 3},
     "eval_delay_epochs": {"eval_strategy": "epoch", "eval_delay": 2, "num_train_epochs": 3},
 }
 
@@ -45,9 +48,12 @@ def run(options: dict[str, Any], start: str, out: str) -> list[dict[str, Any]]:
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    rows = [json.loads(line) for line in (GOLDEN / "training" / "pairs7.jsonl").read_text().splitlines()]
-    args = DPOConfig(out, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, **{**COMMON, **options})
-    data = Dataset.from_list(rows)
+    options = {**COMMON, **options}
+    file = GOLDEN / "training" / options.pop("pairs", PAIRS)
+    data = Dataset.from_list([json.loads(line) for line in file.read_text().splitlines()])
+    if options.pop("dataset_streaming", False):
+        data = data.to_iterable_dataset()
+    args = DPOConfig(out, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, **options)
     trainer = DPOTrainer(
         start, args=args, train_dataset=data, eval_dataset=data, processing_class=AutoTokenizer.from_pretrained(start)
     )

@@ -39,15 +39,15 @@ def test_every_run_has_its_log() -> None:
     assert LOGS.keys() == option_runs.RUNS.keys()
 
 
-QUICK = ("drop_last", "adafactor", "log_epochs", "eval_delay")
+QUICK = ("drop_last", "adafactor", "log_epochs", "eval_delay", "stream")
 
 
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in option_runs.RUNS]
 )
 def test_a_run_logs_what_trl_logs(name: str, start: Path, tmp_path: Path) -> None:
-    pairs = TRAINING / "pairs7.jsonl"
     options: dict[str, Any] = {**option_runs.COMMON, **option_runs.RUNS[name]}
+    pairs = TRAINING / options.pop("pairs", option_runs.PAIRS)
     given = {"model_name_or_path": start, "dataset_name": pairs, "bf16": False, "output_dir": tmp_path / "out"}
     if "eval_strategy" in options:
         given["eval_dataset"] = pairs
@@ -56,7 +56,10 @@ def test_a_run_logs_what_trl_logs(name: str, start: Path, tmp_path: Path) -> Non
     theirs = [e for e in LOGS[name] if "loss" in e]
     ours = tiny.records(tmp_path / "out", "train")
     assert [r["step"] for r in ours] == [e["step"] for e in theirs]
-    assert [r["epoch"] for r in ours] == pytest.approx([e["epoch"] for e in theirs])
+    if (
+        name != "stream_that_ends"
+    ):  # TRL, which knows no length, counts a third of an epoch a step, and one for each new start
+        assert [r["epoch"] for r in ours] == pytest.approx([e["epoch"] for e in theirs])
     for mine, entry in zip(ours, theirs):
         assert mine["loss"] == pytest.approx(entry["loss"], rel=RELATIVE), entry["step"]
         assert mine["grad_norm"] == pytest.approx(entry["grad_norm"], rel=RELATIVE), entry["step"]
