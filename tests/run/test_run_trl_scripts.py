@@ -176,3 +176,41 @@ def test_streams_that_cannot_be_are_refused(
     ended = tiny.jax_dpo("train", *tiny.flags({**given, **options}))
     assert ended.code == 2
     assert words in ended.err
+
+
+TEMPLATE = (
+    "{% if tone is defined %}<|im_start|>system\n{{ tone }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_each_row_has_template_arguments_of_its_own(model: Path, tmp_path: Path) -> None:
+    """Oracle: apply_chat_template with the row's arguments, which TRL calls."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    tokenizer.chat_template = TEMPLATE
+    rows = [
+        {**row, "chat_template_kwargs": kwargs}
+        for row, kwargs in zip(tiny.chat_rows(3), [{"tone": "plain"}, {"tone": "light and easy"}, None])
+    ]
+    trainer = DPOTrainer(str(model), args=DPOConfig(str(tmp_path)), train_dataset=rows, processing_class=tokenizer)
+    assert len({len(found["prompt_ids"]) for found in trainer.train_dataset}) == 3
+    for row, found in zip(rows, trainer.train_dataset):
+        kwargs = row["chat_template_kwargs"] or {}
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **kwargs)["input_ids"]
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["chosen"], **kwargs)["input_ids"]
+        assert found["prompt_ids"] == prompt
+        assert found["prompt_ids"] + found["chosen_ids"] == whole
+
+
+def test_a_stream_can_be_precomputed(model: Path, data: Path, tmp_path: Path) -> None:
+    """TRL refuses it: its streams are mapped while they train. Here the pairs that a run takes are known."""
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()][:8]
+    options = {"max_steps": 1, "precompute_ref_log_probs": True, "per_device_train_batch_size": 8}
+    made = [
+        DPOTrainer(str(model), args=DPOConfig(str(tmp_path / "out"), **options), train_dataset=given).train_dataset
+        for given in (rows, stream_of(rows, []))
+    ]
+    assert made[0] == made[1] and made[0][0]["ref_chosen_logps"] < 0
