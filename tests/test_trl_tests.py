@@ -66,7 +66,7 @@ COUNTERPARTS: tuple[tuple[str, str, str], ...] = (
     ),
     ("several losses (MPO)", "loss/test_family.py::test_a_list_is_the_weighted_sum_of_its_terms", "the sum"),
     ("use_weighting (WPO)", "loss/test_family.py::test_weighting_multiplies_and_has_no_gradient", "the formula"),
-    ("ld_alpha", "train/test_trl_losses.py::test_the_whole_micro_batch_in_one_program", "TRL's numbers"),
+    ("ld_alpha", "train/test_trl_losses.py::test_loss_metrics_and_gradient_are_trls", "TRL's numbers"),
     ("f-divergences", "loss/test_formulas.py::test_values_and_derivatives", "the paper's formulas"),
     (
         "an explicit ref_model stays",
@@ -170,7 +170,7 @@ COUNTERPARTS: tuple[tuple[str, str, str], ...] = (
     (
         "a PeftModel with a ref adapter",
         "weights/test_peft_objects.py::test_base_and_active_adapter_are_those_of_the_files",
-        "ids",
+        "weights",
     ),
     (
         "PEFT and gradient checkpointing",
@@ -179,7 +179,7 @@ COUNTERPARTS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "target_parameters of experts",
-        "models/test_lora_targets.py::test_what_is_not_supported_is_refused_by_name",
+        "test_trl_options.py::test_what_asks_for_something_is_answered",
         "refused",
     ),
     ("QLoRA", "test_trl_options.py::test_what_asks_for_something_is_answered", "refused: load an unquantised model"),
