@@ -57,6 +57,8 @@ class StepBatch(NamedTuple):
     """how many of the A micro-batches hold anything"""
     pairs: np.ndarray
     """the pairs of the step, in order"""
+    groups: int
+    """how many of TRL's micro-batches they are"""
     tokens: int
     """real tokens laid out in rows (a shared prompt once)"""
     trl_tokens: int
@@ -124,6 +126,7 @@ def step_batch(
         batch=_arrays(source, placed, parts, feed, feed.most),
         micro_batches=len(parts),
         pairs=pairs,
+        groups=len(groups),
         tokens=tokens,
         trl_tokens=int(trl_tokens[pairs].sum()),
         fill=row_fill(tokens, len(parts), feed.shape, feed.row_shards),

@@ -261,7 +261,7 @@ class Loop:
         self.last_read = now
         if not bool(done.results["finite"]):
             self._not_finite(done)
-        self.progress.window.add(sums)
+        self.progress.window.add(sums, batch.groups)
         self.norm, self.rate = float(done.results["grad_norm"]), done.rate
         c["pairs"] += len(batch.pairs)
         c["trl_tokens"] += batch.trl_tokens
@@ -269,7 +269,7 @@ class Loop:
         c["fill"] += batch.fill
         c["steps"] += 1
         one = Window()
-        one.add(sums)
+        one.add(sums, batch.groups)
         metrics = one.metrics()
         total, steps = self.progress.losses
         self.progress.losses = (total + metrics["loss"], steps + 1)

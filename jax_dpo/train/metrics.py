@@ -109,22 +109,25 @@ def _not_negative(x: float) -> float:
 
 
 class Window:
-    """Steps since the last log: token sums add up, shares are averaged over the steps."""
+    """Steps since the last log, averaged as TRL does: the loss over the steps, metrics of pairs over TRL's micro-batches, of which
+    a step at the end of an epoch may have fewer; token sums add up."""
 
-    _OVER_STEPS = ("loss", "reward_chosen", "reward_rejected", "accuracy", "logp_chosen", "logp_rejected", "aux_loss")
+    _OVER_GROUPS = ("reward_chosen", "reward_rejected", "accuracy", "logp_chosen", "logp_rejected", "aux_loss")
 
     def __init__(self) -> None:
         self.steps = 0
-        self.total: dict[str, float] = dict.fromkeys(Sums._fields, 0.0)
+        self.total: dict[str, float] = dict.fromkeys((*Sums._fields, "groups"), 0.0)
 
-    def add(self, sums: Sums) -> None:
+    def add(self, sums: Sums, groups: int) -> None:
+        """One more step, of `groups` of TRL's micro-batches (over all devices)."""
         self.steps += 1
+        self.total["groups"] += groups
         for name, value in zip(Sums._fields, sums):
-            self.total[name] += float(value)
+            self.total[name] += float(value) * (groups if name in self._OVER_GROUPS else 1)
 
     def metrics(self) -> dict[str, float]:
-        n = max(self.steps, 1)
-        return named({k: v / n if k in self._OVER_STEPS else v for k, v in self.total.items()})
+        n = {"loss": max(self.steps, 1), **dict.fromkeys(self._OVER_GROUPS, max(self.total["groups"], 1.0))}
+        return named({k: v / n.get(k, 1) for k, v in self.total.items()})
 
 
 def evaluation(loss: np.ndarray, sums: PairSums, beta: float, aux_loss: np.ndarray | None = None) -> dict[str, float]:

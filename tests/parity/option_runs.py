@@ -39,6 +39,17 @@ RUNS: dict[str, dict[str, Any]] = {
     "stream": {"dataset_streaming": True, "max_steps": 3, "pairs": "pairs40.jsonl"},
     "stream_that_ends": {"dataset_streaming": True, "max_steps": 3},
     "eval_delay_epochs": {"eval_strategy": "epoch", "eval_delay": 2, "num_train_epochs": 3},
+    "short_micro_batch": {"gradient_accumulation_steps": 4, "lr_scheduler_type": "linear"},
+    "windows_over_epochs": {
+        "gradient_accumulation_steps": 3,
+        "num_train_epochs": 3,
+        "logging_steps": 4,
+        "lr_scheduler_type": "cosine",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_eval_batch_size": 3,
+    },
+    "window_left_open": {"num_train_epochs": 1.5, "logging_steps": 2, "lr_scheduler_type": "linear"},
 }
 
 

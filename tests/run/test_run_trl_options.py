@@ -24,7 +24,8 @@ LOGS = json.loads((tiny.GOLDEN / "trl" / "runs.json").read_text(encoding="utf-8"
 TRAINING = tiny.GOLDEN / "training"
 # The bounds of the reference runs: two torch runs part by a tenth of them.
 RELATIVE, ABSOLUTE = 5e-5, 5e-5
-METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+LOGPS = ("logps/chosen", "logps/rejected")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,15 @@ def test_every_run_has_its_log() -> None:
     assert LOGS.keys() == option_runs.RUNS.keys()
 
 
-QUICK = ("drop_last", "adafactor", "log_epochs", "eval_delay", "stream")
+def assert_equal_metrics(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> None:
+    """All that both mean alike; TRL's entropy, logits and token accuracy are means of batch means (docs/metrics.md)."""
+    for names, bound in ((REWARDS, ABSOLUTE), (LOGPS, 10 * ABSOLUTE)):
+        for name in names:
+            found = mine[prefix + name]
+            assert found == pytest.approx(theirs[prefix + name], abs=bound), (prefix + name, theirs["step"])
+
+
+QUICK = ("drop_last", "adafactor", "log_epochs", "eval_delay", "stream", "short_micro_batch", "windows_over_epochs")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +59,7 @@ def test_a_run_logs_what_trl_logs(name: str, start: Path, tmp_path: Path) -> Non
     pairs = TRAINING / options.pop("pairs", option_runs.PAIRS)
     given = {"model_name_or_path": start, "dataset_name": pairs, "bf16": False, "output_dir": tmp_path / "out"}
     if "eval_strategy" in options:
-        given["eval_dataset"] = pairs
+        given |= {"eval_dataset": pairs, "eval_weighting": "batches"}
     ended = tiny.jax_dpo("train", *tiny.flags({**given, "gradient_checkpointing": False, **options}))
     assert ended.code in (0, 3), ended.err
     theirs = [e for e in LOGS[name] if "loss" in e]
@@ -65,12 +74,15 @@ def test_a_run_logs_what_trl_logs(name: str, start: Path, tmp_path: Path) -> Non
         assert mine["grad_norm"] == pytest.approx(entry["grad_norm"], rel=RELATIVE), entry["step"]
         assert mine["learning_rate"] == pytest.approx(entry["learning_rate"], rel=1e-12)
         assert mine["num_tokens"] == entry["num_tokens"]
-        for metric in METRICS:
-            assert mine[metric] == pytest.approx(entry[metric], abs=ABSOLUTE), (metric, entry["step"])
+        assert_equal_metrics(mine, entry)
     (end,) = tiny.records(tmp_path / "out", "end")
     assert end["train_loss"] == pytest.approx(LOGS[name][-1]["train_loss"], rel=RELATIVE)  # of all steps, logged or not
-    evaluated = [e["step"] for e in LOGS[name] if "eval_loss" in e]
-    assert [r["step"] for r in tiny.records(tmp_path / "out", "eval")] == evaluated
+    theirs, ours = [e for e in LOGS[name] if "eval_loss" in e], tiny.records(tmp_path / "out", "eval")
+    assert [(r["step"], r["epoch"]) for r in ours] == [(e["step"], pytest.approx(e["epoch"])) for e in theirs]
+    for mine, entry in zip(ours, theirs):
+        assert mine["eval_loss"] == pytest.approx(entry["eval_loss"], rel=RELATIVE), entry["step"]
+        assert mine["eval_num_tokens"] == entry["eval_num_tokens"]
+        assert_equal_metrics(mine, entry, "eval_")
 
 
 def test_an_epoch_without_a_whole_batch_is_refused(start: Path, tmp_path: Path) -> None:

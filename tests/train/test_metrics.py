@@ -81,8 +81,18 @@ def test_a_window_is_the_mean_over_its_steps_and_pools_their_tokens() -> None:
     losses = [np.arange(4.0), np.ones(4), np.arange(4.0) ** 2]
     window = Window()
     for parts, loss in zip(steps, losses):
-        window.add(step_of(parts, [loss]))
+        window.add(step_of(parts, [loss]), 2)
     assert_close(window.metrics(), by_hand(joined([p for parts in steps for p in parts]), np.concatenate(losses)))
+
+
+def test_a_short_step_of_a_window_weighs_as_its_micro_batches() -> None:
+    """As in TRL, whose metrics are means over micro-batches and whose loss is a mean over steps; here a micro-batch is two pairs."""
+    steps, losses = [[random_sums(4, 3)], [random_sums(2, 4)]], [np.arange(4.0), np.ones(2)]
+    window = Window()
+    for parts, loss in zip(steps, losses):
+        window.add(step_of(parts, [loss]), len(loss) // 2)
+    want = by_hand(joined([p for parts in steps for p in parts]), np.concatenate(losses))
+    assert_close(window.metrics(), want | {"loss": np.mean([loss.mean() for loss in losses])})
 
 
 def test_an_evaluation_counts_every_pair_once() -> None:
