@@ -11,8 +11,9 @@ import pytest
 
 from jax_dpo.config import DPOConfig, ScriptArguments
 from jax_dpo.config.advice import ADVICE, PYTHON_ADVICE, VALUE_ADVICE
-from jax_dpo.config.rules import DROP_REASONS, KL_ACTIONS, LOSS_TYPES, SCHEDULERS
-from jax_dpo.data import check
+from jax_dpo.config.rules import DROP_REASONS, KL_ACTIONS, LOSS_TYPES, PAIR_COLUMNS, SCHEDULERS
+from jax_dpo.data import check, pairs
+from jax_dpo.data.batch import FIELD_OF
 from jax_dpo.errors import UserError
 from jax_dpo.loss.aot import AOT_TYPES
 from jax_dpo.loss.family import FAMILIES
@@ -87,6 +88,9 @@ TRL_DEFAULTS: dict[str, Any] = {
 OWN_DEFAULTS: dict[str, Any] = {
     "target_kl": 0.1,
     "sigmoid_label_smoothing": None,
+    "pair_columns": [],
+    "beta_dpo_alpha": 0.0,
+    "beta_dpo_momentum": 0.9,
     "kl_coef": 0.0,
     "kl_reduction": "token",
     "kl_actions": [],
@@ -304,6 +308,19 @@ def test_each_loss_is_taken(loss: str) -> None:
             "expected less than 0.5 with sigmoid_label_smoothing",
         ),
         ({"loss_type": "cdpo"}, "sigmoid_label_smoothing: true"),
+        ({"pair_columns": "score"}, "expected one of beta, margin, label, weight"),
+        ({"pair_columns": ["margin"], "loss_type": ["sigmoid", "ipo"]}, "margin, which loss_type ipo does not take"),
+        ({"pair_columns": ["margin"], "loss_type": "sft"}, "margin, which loss_type sft does not take"),
+        ({"pair_columns": ["label"], "loss_type": "hinge"}, "label, which loss_type hinge does not take"),
+        ({"pair_columns": ["beta"], "loss_type": ["sigmoid", "aot"]}, "beta, which loss_type aot does not take"),
+        ({"pair_columns": ["weight"], "loss_type": "aot_unpaired"}, "weight, which loss_type aot_unpaired"),
+        ({"pair_columns": ["weight", "weight"]}, "found weight more than once"),
+        (
+            {"pair_columns": ["label"], "label_smoothing": 0.1, "sigmoid_label_smoothing": True},
+            "label beside sigmoid_label_smoothing",
+        ),
+        ({"beta_dpo_alpha": -0.1}, "at least 0"),
+        ({"beta_dpo_momentum": 1.0}, "in [0, 1)"),
         (
             {"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "forward_kl"},
             "reverse_kl with loss_type nca_pair",
@@ -342,6 +359,8 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
     "options",
     [
         {"loss_type": "robust", "label_smoothing": 0.49},
+        {"loss_type": ["sigmoid", "sft"], "pair_columns": ["beta", "margin", "label", "weight"]},
+        {"loss_type": ["ipo", "sft"], "pair_columns": ["beta", "weight"]},
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.5]},
         {"loss_type": "ipo", "f_divergence_type": "js_divergence"},
         {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 50, "save_steps": 100},
@@ -373,6 +392,7 @@ def test_the_names_known_here_are_those_that_exist_below() -> None:
     assert set(SCHEDULERS) == set(SCHEDULES)
     assert set(KL_ACTIONS) == set(control.KL_ACTIONS)
     assert set(DROP_REASONS) == set(check.DROP_REASONS)
+    assert PAIR_COLUMNS == pairs.PAIR_COLUMNS == tuple(FIELD_OF)
 
 
 def test_all_faults_are_told_at_once() -> None:
@@ -454,6 +474,8 @@ def test_dictionaries_go_in_and_out() -> None:
             "no effect: loss_type is robust",
         ),
         ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}, "the same as reverse_kl"),
+        ({"beta_dpo_alpha": 6}, "0.6 is the paper's"),
+        ({"beta_dpo_momentum": 0.5}, "beta_dpo_momentum has no effect"),
         ({"kl_actions": ["rollback"]}, "eval_strategy is no"),
         ({"max_prompt_length": 1024}, "no room for an answer"),
         ({"max_steps": 0}, "num_train_epochs decides"),

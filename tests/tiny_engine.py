@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,8 @@ RICH: dict[str, Any] = {
 """An adapter with all that adapters have, B not 0 at the start."""
 
 
-def pair_set(n: int, seed: int = 0, vocabulary: int = VOCABULARY) -> PairSet:
-    """Random token ids: prompts of 3 to 20 tokens, answers of 2 to 24."""
+def pair_set(n: int, seed: int = 0, vocabulary: int = VOCABULARY, columns: Sequence[str] = ()) -> PairSet:
+    """Random token ids: prompts of 3 to 20 tokens, answers of 2 to 24; and numbers of every pair, of which `columns` are read."""
     rng = np.random.default_rng([seed, n])
     lengths = np.stack([rng.integers(3, 21, n), rng.integers(2, 25, n), rng.integers(2, 25, n)], 1)
     bounds = np.concatenate([[0], np.cumsum(lengths.reshape(-1))]).astype(np.int64)
@@ -126,10 +126,11 @@ def pair_set(n: int, seed: int = 0, vocabulary: int = VOCABULARY) -> PairSet:
         file_of=np.zeros(n, np.int32),
         twin=rows,
         gap=np.full(n, np.nan),
+        given=np.stack([rng.uniform(low, high, n) for low, high in ((0.03, 0.3), (-0.5, 1), (0, 1), (0, 2))], 1),
         flags=np.zeros(n, np.uint8),
         facts=Facts(n, True, False),
     )
-    prepared = PreparedData("tiny", DataOptions(), TokenizedPairs(table, rows), [], {}, [], False)
+    prepared = PreparedData("tiny", DataOptions(columns=tuple(columns)), TokenizedPairs(table, rows), [], {}, [], False)
     return PairSet(prepared, share_prompt=True)
 
 
@@ -180,7 +181,9 @@ def engine_on(
     moves = config.ref_model_sync_steps if config.sync_ref_model else 0
     plan = Plan(train, per_device, pairs_per_step // per_device, steps, 1, 1, 0, sync_steps=moves)
     pairing = pairing_of(shape or shape_of(), lora=lora, dropout=dropout)
-    engine = Engine(config, pairing, pair_set(train), {None: pair_set(held_out, seed=1)}, plan)
+    columns = config.pair_columns
+    sets = pair_set(train, columns=columns), pair_set(held_out, seed=1, columns=columns)
+    engine = Engine(config, pairing, sets[0], {None: sets[1]}, plan)
     engine.__dict__["mesh"] = grid  # a part of the devices, where the run itself takes all
     return engine
 

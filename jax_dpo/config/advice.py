@@ -281,6 +281,8 @@ VALUE_ADVICE: dict[tuple[str, str], str] = {
     ("loss_type", "rdpo"): "write robust",
     ("loss_type", "rpo"): "write loss_type: [sigmoid, sft] and loss_weights: [1.0, <rpo_alpha>]",
     ("loss_type", "mpo"): "write loss_type: [sigmoid, bco_pair, sft] and loss_weights: [0.8, 0.2, 1.0]",
+    ("loss_type", "odpo"): "write sigmoid with pair_columns: [margin]",
+    ("loss_type", "beta_dpo"): "write sigmoid with beta_dpo_alpha: 0.6",
     ("loss_type", "wpo"): "write sigmoid with use_weighting: true",
     ("loss_type", "ld_dpo"): "write sigmoid with ld_alpha",
     ("loss_type", "dpo"): "write sigmoid",

@@ -34,6 +34,7 @@ from jax_dpo.config.rules import (
     KL_ACTIONS,
     KL_CONTROLLERS,
     LOSS_TYPES,
+    PAIR_COLUMNS,
     problems_between,
     warnings_of,
 )
@@ -146,6 +147,25 @@ class DPOConfig(TrainingOptions):
         "Whether sigmoid and sigmoid_norm read label_smoothing: true is conservative DPO (cDPO); false and unset are TRL 1.16's number, "
         "which ignores it (unset with a warning).",
         group="Loss",
+    )
+    pair_columns: list[str] = option(
+        [],
+        "Columns of the data that are read of each pair: beta (its own beta), margin (by how much its reward should exceed), label (the "
+        "probability that chosen is better), weight (how many times it counts).",
+        group="Loss",
+        choices=PAIR_COLUMNS,
+    )
+    beta_dpo_alpha: float = option(
+        0.0,
+        "How strongly beta follows the mean reward margin of each step's pairs (beta-DPO, whose paper has 0.6); 0 does not.",
+        group="Loss",
+        check=at_least(0),
+    )
+    beta_dpo_momentum: float = option(
+        0.9,
+        "Momentum of the moving average that beta-DPO measures this margin against.",
+        group="Loss",
+        check=within(0, 1, open_high=True),
     )
     f_divergence_type: str = option(
         "reverse_kl", "Divergence whose derivative turns a log-ratio into a score.", group="Loss", choices=F_DIVERGENCES

@@ -29,6 +29,7 @@ LOSS_TYPES = (
     "sigmoid_norm",
 )
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+PAIR_COLUMNS = ("beta", "margin", "label", "weight")
 KL_ACTIONS = ("halve_lr", "raise_beta", "rollback")
 KL_CONTROLLERS = ("none", "adaptive_beta", "pi_beta", "dual_kl_coef")
 DROP_REASONS = ("invalid", "empty", "identical", "torn", "duplicate", "small_gap")
@@ -118,6 +119,21 @@ def _divergence(kind: str, losses: list[str]) -> str | None:
     if kind == "reverse_kl" or not plain:
         return None
     return f"found {show(kind)}, expected reverse_kl with loss_type {', '.join(plain)}, which takes no other divergence"
+
+
+def _pair_columns(columns: list[str], losses: list[str], smoothing: float, sigmoid_too: bool | None) -> str | None:
+    # sft is no preference: margin and label have nothing to say there.
+    for column, takes in (("margin", (*_WITH_OPTIONAL_SMOOTHING, "hinge")), ("label", _WITH_OPTIONAL_SMOOTHING)):
+        without = [loss for loss in losses if loss not in takes]
+        if column in columns and (set(without) - {"sft"} or without == losses):
+            return f"found {column}, which loss_type {', '.join(without)} does not take; {', '.join(takes)} do"
+    sorting = [loss for loss in losses if loss in ("aot", "aot_unpaired")]
+    for column in ("beta", "weight"):
+        if column in columns and sorting:
+            return f"found {column}, which loss_type {', '.join(sorting)} does not take: it is no value of single pairs"
+    if "label" in columns and sigmoid_too and smoothing > 0:
+        return "found label beside sigmoid_label_smoothing: both say how sure the labels are; leave one of them out"
+    return _no_repeats(columns)
 
 
 def _weighting(on: bool, losses: list[str]) -> str | None:
@@ -264,6 +280,7 @@ _RULES = (
     Rule(("label_smoothing", "loss_type", "sigmoid_label_smoothing"), _smoothing),
     Rule(("f_divergence_type", "loss_type"), _divergence),
     Rule(("use_weighting", "loss_type"), _weighting),
+    Rule(("pair_columns", "loss_type", "label_smoothing", "sigmoid_label_smoothing"), _pair_columns),
     Rule(("lr_scheduler_kwargs", "lr_scheduler_type", "learning_rate"), _scheduler_kwargs),
     Rule(("optim_args", "optim"), _optim_args),
     Rule(
@@ -324,6 +341,8 @@ def _unusual(values: Mapping[str, Any], adapter: bool, data_parallel: int) -> li
         )
     if values["ld_alpha"] is not None and values["ld_alpha"] > 1:
         found.append(f"ld_alpha {values['ld_alpha']:g} weighs the longer answer's tail more than the shared length")
+    if values["beta_dpo_alpha"] > 2:
+        found.append(f"beta_dpo_alpha {values['beta_dpo_alpha']:g} is large: 0.6 is the paper's")
     if values["f_divergence_type"] == "alpha_divergence" and values["f_alpha_divergence_coef"] == 1:
         found.append(
             "f_alpha_divergence_coef 1 makes alpha_divergence the same as reverse_kl; TRL before 0.29 had another form, whose coefficient "
@@ -359,6 +378,8 @@ def _smoothing_without_effect(smoothing: float, sigmoid_too: bool | None, losses
 def _without_effect(values: Mapping[str, Any]) -> list[str]:
     found = []
     losses = values["loss_type"]
+    if values["beta_dpo_momentum"] != 0.9 and values["beta_dpo_alpha"] == 0:
+        found.append("beta_dpo_momentum has no effect: beta_dpo_alpha is 0")
     found += _smoothing_without_effect(values["label_smoothing"], values["sigmoid_label_smoothing"], losses)
     if values["precompute_ref_batch_size"] is not None and not values["precompute_ref_log_probs"]:
         found.append("precompute_ref_batch_size can do nothing: precompute_ref_log_probs is false")

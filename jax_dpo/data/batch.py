@@ -5,7 +5,7 @@ Letters: R rows, T tokens, K scored tokens a row, S pair slots a row, B branches
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,8 @@ import numpy as np
 from jax_dpo.data.pack import RowShape
 
 BRANCHES = 2
+# Where a batch has what a column of the data says.
+FIELD_OF = {"beta": "beta", "margin": "margin", "label": "label", "weight": "pair_weight"}
 
 
 class Batch(NamedTuple):
@@ -44,6 +46,14 @@ class Batch(NamedTuple):
     """[R, K] float32 the token's share of the `sft` term, where the loss has one."""
     ref_logps: Any = None
     """[R, S, 2] float32 the reference's log-probabilities of both answers, where they were computed before training."""
+    beta: Any = None
+    """[R, S] float32 the pair's beta, as a multiple of the one in force; this and the next three come from columns of the data."""
+    margin: Any = None
+    """[R, S] float32 by how much the pair's reward of chosen should exceed that of rejected."""
+    label: Any = None
+    """[R, S] float32 the probability that chosen is the better answer."""
+    pair_weight: Any = None
+    """[R, S] float32 how many times the pair's loss counts."""
     owner: Any = None
     """[R, T] int32 the pair slot that each token belongs to, S for padding; where a router's loss is made."""
     copies: Any = None
@@ -164,6 +174,22 @@ def with_ref_logps(batch: Batch, logps: np.ndarray) -> Batch:
     """The batch with the reference's log-probabilities [N, 2] of its pairs; 0 in empty slots."""
     real = batch.index >= 0
     return batch._replace(ref_logps=np.where(real[..., None], logps[np.where(real, batch.index, 0)], np.float32(0)))
+
+
+def with_columns(batch: Batch, columns: Mapping[str, np.ndarray]) -> Batch:
+    """The batch with what columns say of its pairs: {field of `Batch`: [N]}; 0 in empty slots.
+
+    A pair's weight counts for its tokens in the `sft` term too.
+    """
+    real = batch.index >= 0
+    found = {
+        name: np.where(real, values[np.where(real, batch.index, 0)], np.float32(0)) for name, values in columns.items()
+    }
+    if batch.sft_weight is not None and "pair_weight" in found:
+        weight = np.concatenate([found["pair_weight"], np.zeros_like(found["pair_weight"][..., :1])], axis=-1)
+        of_token = np.take_along_axis(weight, batch.slot // BRANCHES, axis=-1)
+        found["sft_weight"] = batch.sft_weight * of_token
+    return batch._replace(**found)
 
 
 class Placed(NamedTuple):

@@ -15,6 +15,7 @@ import json
 import os
 import time
 import zlib
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from jax_dpo.data.atomic import PART, replacing
 from jax_dpo.data.tokens import Facts, TokenTable
 
 # Raise it with every change of the rules that make a TokenTable.
-_FORMAT = 2
+_FORMAT = 3
 _MAGIC = b"JAXDPOT1"
 _ALIGN = 64
 _ARRAYS = {
@@ -36,6 +37,7 @@ _ARRAYS = {
     "file_of": "int32",
     "twin": "int64",
     "gap": "float64",
+    "given": "float64",
     "flags": "uint8",
 }
 
@@ -48,9 +50,10 @@ def default_cache_dir() -> Path:
     return Path(base).expanduser() / "jax_dpo" / "tokens"
 
 
-def entry_key(rows_fingerprint: str, tokenizer_key: str) -> str:
-    """The name of the entry for these rows and this tokenizer."""
-    parts = [_FORMAT, rows_fingerprint, tokenizer_key, *(_version(name) for name in ("tokenizers", "transformers"))]
+def entry_key(rows_fingerprint: str, tokenizer_key: str, columns: Sequence[str] = ()) -> str:
+    """The name of the entry for these rows, this tokenizer and the columns that are read of each pair."""
+    versions = [_version(name) for name in ("tokenizers", "transformers")]
+    parts = [_FORMAT, rows_fingerprint, tokenizer_key, *versions, sorted(columns)]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
 
 

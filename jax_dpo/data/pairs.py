@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,14 @@ SCORE_COLUMNS: tuple[tuple[str, str], ...] = (
     ("rating_chosen", "rating_rejected"),
 )
 IMAGE_COLUMNS = ("image", "images")
+# What a run may read of each pair, when it is told to, and the numbers that each may hold, in words.
+PAIR_COLUMNS = ("beta", "margin", "label", "weight")
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "beta": ("a number above 0", lambda x: x > 0),
+    "margin": ("a number", lambda x: True),
+    "label": ("a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "weight": ("a number of at least 0", lambda x: x >= 0),
+}
 READ_COLUMNS: frozenset[str] = frozenset(
     [
         "prompt",
@@ -32,6 +40,7 @@ READ_COLUMNS: frozenset[str] = frozenset(
         "chat_template_kwargs",
         *IMAGE_COLUMNS,
         *(c for p in SCORE_COLUMNS for c in p),
+        *PAIR_COLUMNS,
     ]
 )
 
@@ -54,7 +63,8 @@ class Pair:
     """One preference: a prompt and two answers, all text or all lists of messages.
 
     `tools` and `template_kwargs` go to the chat template. `gap` is the score of chosen minus that of rejected, NaN where the
-    row has no scores. `torn`: the split that found the prompt tore the answers (`torn` below).
+    row has no scores. `torn`: the split that found the prompt tore the answers (`torn` below). `given` has what the row says
+    in each of `PAIR_COLUMNS`, NaN where it is not read.
     """
 
     prompt: Side
@@ -64,6 +74,7 @@ class Pair:
     template_kwargs: dict[str, Any]
     gap: float
     torn: bool = False
+    given: tuple[float, ...] = (math.nan,) * len(PAIR_COLUMNS)
 
 
 def layout_of(values: Sequence[Any], name: str) -> Layout:
@@ -94,8 +105,11 @@ def layout_of(values: Sequence[Any], name: str) -> Layout:
     return Layout(any(isinstance(row, dict) and "prompt" in row for row in values), False)
 
 
-def read_pair(row: Any, layout: Layout) -> Pair | str:
-    """The pair of a row, or, where the row is invalid, a sentence that says what was found and what was expected."""
+def read_pair(row: Any, layout: Layout, columns: Sequence[str] = ()) -> Pair | str:
+    """The pair of a row, or, where the row is invalid, a sentence that says what was found and what was expected.
+
+    columns: those of `PAIR_COLUMNS` that are read; a row without a usable number there is invalid.
+    """
     if not isinstance(row, dict):
         return f"the row is {_kind(row)}, an object with chosen and rejected was expected"
     if not layout.explicit and row.get("prompt") is not None:
@@ -108,6 +122,9 @@ def read_pair(row: Any, layout: Layout) -> Pair | str:
     template_kwargs, problem_kwargs = _template_kwargs(row.get("chat_template_kwargs"))
     if problem or problem_kwargs:
         return problem or problem_kwargs
+    given, problem = _given(row, columns)
+    if problem:
+        return problem
     chosen, rejected = row["chosen"], row["rejected"]
     if layout.explicit:
         prompt = row["prompt"]
@@ -125,7 +142,7 @@ def read_pair(row: Any, layout: Layout) -> Pair | str:
                 place = f"{key}[{len(row[key]) - 1}].role"
                 return f"{place} is {role!r}: an answer must end in a turn of 'assistant'"
     is_torn = not layout.explicit and torn(row["chosen"], row["rejected"])
-    return Pair(prompt, chosen, rejected, tools, template_kwargs, score_gap(row), is_torn)
+    return Pair(prompt, chosen, rejected, tools, template_kwargs, score_gap(row), is_torn, given)
 
 
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -238,6 +255,19 @@ def _template_kwargs(value: Any) -> tuple[dict[str, Any], str]:
     if not isinstance(value, dict):
         return {}, f"chat_template_kwargs is {_kind(value)}, an object was expected"
     return value, ""
+
+
+def _given(row: dict[str, Any], columns: Sequence[str]) -> tuple[tuple[float, ...], str]:
+    """The numbers of `columns` in the order of `PAIR_COLUMNS` (NaN for the others), or what is wrong with one of them."""
+    found = dict.fromkeys(PAIR_COLUMNS, math.nan)
+    for column in columns:
+        words, holds = _NUMBERS[column]
+        value = row.get(column)
+        found[column] = _number(value)
+        if not (math.isfinite(found[column]) and holds(found[column])):
+            kind = "missing" if column not in row else repr(value) if isinstance(value, str) else _kind(value)
+            return (), f"{column} is {kind}, {words} was expected"
+    return tuple(found.values()), ""
 
 
 def _number(value: Any) -> float:

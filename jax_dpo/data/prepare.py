@@ -13,6 +13,7 @@ from typing import Any
 from jax_dpo.data.cache import default_cache_dir, entry_key, entry_path, read_entry, write_entry
 from jax_dpo.data.check import DROP_REASONS, TOO_LONG, Drop, check_drop_rows, name_rows, select_rows
 from jax_dpo.data.load import Rows, load_rows
+from jax_dpo.data.pairs import PAIR_COLUMNS
 from jax_dpo.data.tokenize import tokenize_rows, tokenizer_fingerprint
 from jax_dpo.data.tokens import MOVED, Facts, TokenizedPairs, TokenTable
 from jax_dpo.errors import UserError
@@ -22,6 +23,8 @@ from jax_dpo.errors import UserError
 class DataOptions:
     """How rows are chosen and cut; the names and defaults are `DPOConfig`'s.
 
+    columns: which of `PAIR_COLUMNS` are read of each pair (`pair_columns`); with `columns_needed` a data set that has not even the column
+        is an error, else its pairs are as if nothing were said of them.
     cache_dir: where tokenized data is kept; None is the default place (`cache.default_cache_dir`).
     use_cache: False tokenizes anew and keeps nothing.
     Raises `UserError` for a value that cannot be.
@@ -32,6 +35,8 @@ class DataOptions:
     max_prompt_length: int | None = None
     drop_rows: tuple[str, ...] = ("invalid",)
     min_gap: float = 0.15
+    columns: tuple[str, ...] = ()
+    columns_needed: bool = True
     cache_dir: str | Path | None = None
     use_cache: bool = True
 
@@ -131,6 +136,7 @@ def prepare(
     rows = load_rows(source, split=split, config=config, name=name)
     table, warnings, from_cache = _table(rows, tokenizer_loader, tokenizer_key, options, progress)
     o = options
+    _check_columns(table.facts, options, rows.name)
     kept, drops, flagged = select_rows(
         table,
         rows.files,
@@ -160,18 +166,19 @@ def _table(
 ) -> tuple[TokenTable, list[str], bool]:
     """The tokenized rows, what there is to say of the cache, and whether they came from it."""
     if not options.use_cache:
-        return tokenize_rows(rows, tokenizer_loader(), progress=progress), [], False
+        return tokenize_rows(rows, tokenizer_loader(), columns=options.columns, progress=progress), [], False
     tokenizer = None
     if tokenizer_key is None:
         tokenizer = tokenizer_loader()
         tokenizer_key = tokenizer_fingerprint(tokenizer)
     directory = Path(options.cache_dir).expanduser() if options.cache_dir is not None else default_cache_dir()
-    path = entry_path(directory, entry_key(rows.fingerprint, tokenizer_key))
+    path = entry_path(directory, entry_key(rows.fingerprint, tokenizer_key, options.columns))
     table = read_entry(path)
     if table is not None:
         return table, [], True
     warnings = [f"The cached tokens of {rows.name} were damaged ({path}); they are made anew."] if path.exists() else []
-    table = tokenize_rows(rows, tokenizer if tokenizer is not None else tokenizer_loader(), progress=progress)
+    tokenizer = tokenizer if tokenizer is not None else tokenizer_loader()
+    table = tokenize_rows(rows, tokenizer, columns=options.columns, progress=progress)
     problem = write_entry(path, table)
     if problem is not None:
         warnings.append(
@@ -180,6 +187,17 @@ def _table(
         return table, warnings, False
     # The file in place of the arrays: what is not looked at need not stay in memory.
     return read_entry(path) or table, warnings, False
+
+
+def _check_columns(facts: Facts, options: DataOptions, name: str) -> None:
+    """Raises `UserError` for a column that the run reads and that no row has."""
+    if facts.absent_columns and options.columns_needed:
+        column = facts.absent_columns[0]
+        raise UserError(
+            "pair-column-missing",
+            f"{name} has no column {column!r}, which pair_columns names. Add the column, or take {column} out of pair_columns"
+            + (f"; columns that are not read: {', '.join(facts.unread_columns)}." if facts.unread_columns else "."),
+        )
 
 
 def _warnings(
@@ -215,6 +233,15 @@ def _warnings(
             f"{name}: in {_count(moved)} the tokenized prompt is not what prompt and answer begin with together, because "
             "tokens merge over its end or the chat template ends a prompt differently; the answers begin where they part. "
             f"First end of a prompt that is not part of it: {table.facts.moved_end!r}."
+        )
+    said = [c for c in table.facts.unread_columns if c in PAIR_COLUMNS]
+    if said:
+        found.append(
+            f"{name}: the columns {', '.join(said)} are not read, as in TRL; pair_columns: [{', '.join(said)}] reads them of each pair."
+        )
+    if table.facts.absent_columns:
+        found.append(
+            f"{name} has no column {', '.join(table.facts.absent_columns)}: its pairs are evaluated as if pair_columns did not name it."
         )
     if table.facts.unread_columns:
         found.append(f"{name}: columns that are not read: {', '.join(table.facts.unread_columns)}.")

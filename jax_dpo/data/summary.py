@@ -100,6 +100,12 @@ def check_report(data: PreparedData, tokenizer: Any | None = None, *, example: i
         lines.append(
             f"  prompts cut on the left to max_prompt_length {data.options.max_prompt_length}: {s.prompts_cut}"
         )
+    for column in data.options.columns:
+        values = data.pairs.given(column)
+        if values is not None:
+            lines.append(
+                f"  column {column}: {values.min():.6g} to {values.max():.6g}, mean {values.astype(np.float64).mean():.6g}"
+            )
     lines += _length_table(s)
     if data.drops:
         lines += ["", "Rows left out:"]

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jax_dpo.data.load import Rows
-from jax_dpo.data.pairs import READ_COLUMNS, Layout, Pair, is_blank, layout_of, read_pair
+from jax_dpo.data.pairs import PAIR_COLUMNS, READ_COLUMNS, Layout, Pair, is_blank, layout_of, read_pair
 from jax_dpo.data.tokens import EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, MOVED, TORN, Facts, TokenTable
 from jax_dpo.errors import UserError
 
@@ -44,14 +44,23 @@ class _Entry(NamedTuple):
     chosen: np.ndarray
     rejected: np.ndarray
     gap: float
+    given: tuple[float, ...]
     flags: int
     digest: bytes
 
 
-def tokenize_rows(rows: Rows, tokenizer: Any, *, progress: Callable[[int, int], None] | None = None) -> TokenTable:
+def tokenize_rows(
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    columns: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenTable:
     """Tokenize every row that can be; the others are in `facts.invalid` with what is wrong with each.
 
     tokenizer: a transformers tokenizer. Texts go to it in batches; no process is started.
+    columns: those of `PAIR_COLUMNS` that are read. A row that lacks one is invalid; one that no row has is in
+        `facts.absent_columns`.
     progress: called with (rows done, rows in all) now and then.
 
     Raises `UserError`: no rows; conversations but no chat template; text but no end-of-sequence token.
@@ -59,6 +68,7 @@ def tokenize_rows(rows: Rows, tokenizer: Any, *, progress: Callable[[int, int], 
     values = rows.rows
     layout = layout_of(values, rows.name)
     _check_tokenizer(tokenizer, layout, rows.name)
+    there = [c for c in columns if any(isinstance(row, dict) and c in row for row in values)]
     entries: list[_Entry] = []
     invalid: list[tuple[int, str]] = []
     moved_end = ""
@@ -66,7 +76,7 @@ def tokenize_rows(rows: Rows, tokenizer: Any, *, progress: Callable[[int, int], 
         stop = min(start + _CHUNK, len(values))
         good: list[tuple[int, Pair, list[str]]] = []
         for i in range(start, stop):
-            pair = read_pair(values[i], layout)
+            pair = read_pair(values[i], layout, there)
             texts = _texts(pair, tokenizer, layout) if isinstance(pair, Pair) else pair
             if isinstance(pair, Pair) and not isinstance(texts, str):
                 good.append((i, pair, texts))
@@ -80,7 +90,7 @@ def tokenize_rows(rows: Rows, tokenizer: Any, *, progress: Callable[[int, int], 
                 moved_end = str(tokenizer.decode(end.tolist()))
         if progress is not None:
             progress(stop, len(values))
-    return _table(rows, layout, entries, invalid, moved_end)
+    return _table(rows, layout, entries, invalid, moved_end, columns, there)
 
 
 def tokenizer_fingerprint(source: Any) -> str:
@@ -181,7 +191,7 @@ def _entry(
     flags |= IDENTICAL if np.array_equal(chosen, rejected) else 0
     flags |= TORN if pair.torn else 0
     digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=16).digest()
-    return _Entry(row, prompt[:k], chosen, rejected, pair.gap, flags, digest), prompt[k:]
+    return _Entry(row, prompt[:k], chosen, rejected, pair.gap, pair.given, flags, digest), prompt[k:]
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -202,7 +212,13 @@ def _is_empty(answer: Any, ids: np.ndarray, tokenizer: Any, layout: Layout) -> b
 
 
 def _table(
-    rows: Rows, layout: Layout, entries: list[_Entry], invalid: list[tuple[int, str]], moved_end: str
+    rows: Rows,
+    layout: Layout,
+    entries: list[_Entry],
+    invalid: list[tuple[int, str]],
+    moved_end: str,
+    asked: Sequence[str],
+    there: Sequence[str],
 ) -> TokenTable:
     loaded = rows.loaded
     row = np.asarray([e.row for e in entries], np.int64)
@@ -217,8 +233,9 @@ def _table(
         explicit=layout.explicit,
         chat=layout.chat,
         invalid=[(i, int(loaded.file_of[i]), int(loaded.numbers[i]), problem) for i, problem in invalid],
-        unread_columns=[c for c in columns if c not in READ_COLUMNS],
+        unread_columns=[c for c in columns if c not in READ_COLUMNS or (c in PAIR_COLUMNS and c not in asked)],
         moved_end=moved_end,
+        absent_columns=[c for c in asked if c not in there],
     )
     return TokenTable(
         ids=np.concatenate(pieces, dtype=np.int32) if pieces else np.zeros(0, np.int32),
@@ -228,6 +245,7 @@ def _table(
         file_of=loaded.file_of[row],
         twin=np.asarray(twin, np.int64),
         gap=np.asarray([e.gap for e in entries], np.float64),
+        given=np.asarray([e.given for e in entries], np.float64).reshape(-1, len(PAIR_COLUMNS)),
         flags=np.asarray([e.flags for e in entries], np.uint8),
         facts=facts,
     )

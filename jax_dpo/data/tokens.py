@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jax_dpo.data.batch import Tree
+from jax_dpo.data.pairs import PAIR_COLUMNS
 
 EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, MOVED, TORN = 1, 2, 4, 8, 16
 
@@ -20,8 +21,8 @@ class Facts:
     """What else is known of a tokenized data set, besides its arrays.
 
     `invalid` holds (row index, file index, row number, what is wrong) of every row that could not be tokenized.
-    `unread_columns` are columns that nothing here uses. `moved_end` is the end of the first prompt that the common-prefix
-    rule took off, as text.
+    `unread_columns` are columns that nothing here uses, `absent_columns` those that should be read and that no row has.
+    `moved_end` is the end of the first prompt that the common-prefix rule took off, as text.
     """
 
     rows_read: int
@@ -30,6 +31,7 @@ class Facts:
     invalid: list[tuple[int, int, int, str]] = field(default_factory=list)
     unread_columns: list[str] = field(default_factory=list)
     moved_end: str = ""
+    absent_columns: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class TokenTable:
     row: int64 [N], index in the source; number: int64 [N], the number people find it by; file_of: int32 [N]
     twin: int64 [N], the first row of this table with the same texts (its own place where it is the first)
     gap: float64 [N], score of chosen minus score of rejected, NaN without scores
+    given: float64 [N,4], what the columns of `pairs.PAIR_COLUMNS` say, NaN where they are not read
     flags: uint8 [N], bits EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, MOVED (the boundary is left of the prompt's end), TORN
         (`pairs.torn`)
     """
@@ -52,6 +55,7 @@ class TokenTable:
     file_of: np.ndarray
     twin: np.ndarray
     gap: np.ndarray
+    given: np.ndarray
     flags: np.ndarray
     facts: Facts
 
@@ -112,6 +116,11 @@ class TokenizedPairs:
     def gap(self) -> np.ndarray:
         """float64 [N]: score of chosen minus score of rejected, NaN where the row has none."""
         return self.table.gap[self.kept]
+
+    def given(self, column: str) -> np.ndarray | None:
+        """float32 [N]: the numbers of one of `PAIR_COLUMNS`; None where they were not read, or the data have none."""
+        values = self.table.given[self.kept, PAIR_COLUMNS.index(column)]
+        return None if np.isnan(values).all() else values.astype(np.float32)
 
     @property
     def shared(self) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jax_dpo.loss.aot import AOT_TYPES, aot_losses
 from jax_dpo.loss.divergence import DIVERGENCES
-from jax_dpo.loss.scores import CHOSEN, REJECTED, PairSums
+from jax_dpo.loss.scores import CHOSEN, NOTHING_GIVEN, REJECTED, Given, PairSums
 
 _log_sigmoid = jax.nn.log_sigmoid
 _sigmoid = jax.nn.sigmoid
@@ -35,6 +35,11 @@ class LossOptions:
     discopop_tau: float = 0.05
     use_weighting: bool = False
     kl_reduction: str = "token"
+    columns: tuple[str, ...] = ()
+    """what the data say of each pair: of beta, margin, label, weight"""
+    beta_alpha: float = 0.0
+    """how strongly beta follows the batch (beta-DPO); 0: not at all"""
+    beta_momentum: float = 0.9
     router_coef: float = 0.0
     """weight of the router's balancing loss (`loss/router.py`); 0 where there is no router, or it is off"""
 
@@ -42,6 +47,11 @@ class LossOptions:
     def doubt(self) -> float:
         """The probability that the labels of `sigmoid` and `sigmoid_norm` are wrong."""
         return self.label_smoothing if self.smooth_sigmoid else 0.0
+
+    @property
+    def beta_varies(self) -> bool:
+        """Whether the beta of a pair is another than the one in force."""
+        return self.beta_alpha > 0 or "beta" in self.columns
 
     @property
     def mixes_pairs(self) -> bool:
@@ -68,11 +78,24 @@ class Scores(NamedTuple):
     n_chosen: jax.Array
     n_rejected: jax.Array
     beta: jax.Array
+    margin: jax.Array | None = None
+    label: jax.Array | None = None
 
 
-def _likelihood(z: jax.Array, doubt: float) -> jax.Array:
-    """-l(z), or with doubt e of the label -(1-e) l(z) - e l(-z): conservative DPO (E. Mitchell, "A note on DPO with noisy preferences",
-    2023), the cross-entropy of a label that is wrong with probability e."""
+def _beyond(z: jax.Array, x: Scores) -> jax.Array:
+    """z less the pair's margin: the reward of chosen must exceed that of rejected by so much (DPO with an offset, arXiv 2402.10571)."""
+    return z if x.margin is None else z - x.margin
+
+
+def _likelihood(z: jax.Array, x: Scores, doubt: float) -> jax.Array:
+    """-l(z), or the cross-entropy of a label that is right with probability p, -p l(z) - (1-p) l(-z).
+
+    p is 1-e with doubt e of all labels (conservative DPO: E. Mitchell, "A note on DPO with noisy preferences", 2023), or the pair's own
+    (soft labels: arXiv 2409.06691, its form of conservative DPO).
+    """
+    z = _beyond(z, x)
+    if x.label is not None:
+        return -x.label * _log_sigmoid(z) - (1.0 - x.label) * _log_sigmoid(-z)
     if doubt == 0.0:
         return -_log_sigmoid(z)
     return -(1.0 - doubt) * _log_sigmoid(z) - doubt * _log_sigmoid(-z)
@@ -80,12 +103,12 @@ def _likelihood(z: jax.Array, doubt: float) -> jax.Array:
 
 def sigmoid(x: Scores, o: LossOptions) -> jax.Array:
     """-l(B (u - v)): DPO, arXiv 2305.18290 eq. 7. As in TRL, label_smoothing is not read unless `smooth_sigmoid` says so."""
-    return _likelihood(x.beta * (x.u - x.v), o.doubt)
+    return _likelihood(x.beta * (x.u - x.v), x, o.doubt)
 
 
 def hinge(x: Scores, o: LossOptions) -> jax.Array:
-    """max(0, 1 - B (u - v)): SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657."""
-    return jax.nn.relu(1.0 - x.beta * (x.u - x.v))
+    """max(0, 1 - B (u - v)): SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657. A pair's margin comes on top of the 1."""
+    return jax.nn.relu(1.0 - _beyond(x.beta * (x.u - x.v), x))
 
 
 def ipo(x: Scores, o: LossOptions) -> jax.Array:
@@ -145,7 +168,7 @@ def discopop(x: Scores, o: LossOptions) -> jax.Array:
 
 def sigmoid_norm(x: Scores, o: LossOptions) -> jax.Array:
     """-l(B (u/n+ - v/n-)): length-normalised DPO (Tulu 3, arXiv 2411.15124); label_smoothing as in `sigmoid`."""
-    return _likelihood(x.beta * (x.u / x.n_chosen - x.v / x.n_rejected), o.doubt)
+    return _likelihood(x.beta * (x.u / x.n_chosen - x.v / x.n_rejected), x, o.doubt)
 
 
 class Family(NamedTuple):
@@ -156,7 +179,7 @@ class Family(NamedTuple):
 
 
 # Inside where the loss falls with the first score and rises with the second everywhere; the others turn back somewhere, so that a
-# penalty inside could reward divergence. With a doubt about the labels sigmoid and sigmoid_norm turn back too.
+# penalty inside could reward divergence. With a doubt about the labels, or soft ones, sigmoid and sigmoid_norm turn back too.
 FAMILIES: dict[str, Family] = {
     "sigmoid": Family(sigmoid, True),
     "hinge": Family(hinge, True),
@@ -173,8 +196,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Losses that are the likelihood of a label.
+# Losses that are the likelihood of a label, and those that take a margin.
 LIKELIHOODS = ("sigmoid", "sigmoid_norm")
+WITH_MARGIN = ("sigmoid", "sigmoid_norm", "hinge")
 
 
 def kl_terms(sums: PairSums, reduction: str) -> tuple[jax.Array, jax.Array]:
@@ -193,7 +217,12 @@ def kl_terms(sums: PairSums, reduction: str) -> tuple[jax.Array, jax.Array]:
 
 
 def pair_loss(
-    sums: PairSums, length: jax.Array, beta: jax.Array, kl_coef: jax.Array, options: LossOptions
+    sums: PairSums,
+    length: jax.Array,
+    beta: jax.Array,
+    kl_coef: jax.Array,
+    options: LossOptions,
+    given: Given = NOTHING_GIVEN,
 ) -> jax.Array:
     """The loss of each pair, [R, S]: the weighted terms with their KL penalty.
 
@@ -203,14 +232,16 @@ def pair_loss(
       sums: see `scores.pair_sums`.
       length: [R, S, B] completion lengths as TRL counts them; clamped to at least 1.
       beta, kl_coef: scalars (arrays, so that they change without a new trace).
+      given: what the data say of each pair: a beta of its own, a margin, a soft label, a weight.
     """
+    beta = given.beta_of(beta)
     a, b = sums.logratio[..., CHOSEN], sums.logratio[..., REJECTED]
     phi = DIVERGENCES[options.f_divergence]
     n = jnp.maximum(length.astype(jnp.float32), 1.0)
     k_chosen, k_rejected = kl_terms(sums, options.kl_reduction)
     down, up = kl_coef * k_chosen, kl_coef * k_rejected
     u, v = phi(a, options.f_alpha), phi(b, options.f_alpha)
-    plain = Scores(u, v, a, b, n[..., CHOSEN], n[..., REJECTED], beta)
+    plain = Scores(u, v, a, b, n[..., CHOSEN], n[..., REJECTED], beta, given.margin, given.label)
     # sigmoid_norm divides by the length first: the penalty lowers its margin by c K all the same.
     inside = plain._replace(u=u - down, v=v + up, a=a - down, b=b + up)
     total = jnp.zeros_like(a)
@@ -219,7 +250,8 @@ def pair_loss(
             total = total + weight * beta * (down + up)
             continue
         family = FAMILIES[name]
-        inner = family.kl_inside and not (name in LIKELIHOODS and options.doubt > 0)
+        sure = options.doubt == 0 and given.label is None
+        inner = family.kl_inside and (sure or name not in LIKELIHOODS)
         if inner and name == "sigmoid_norm":
             lowered = plain._replace(u=u - down * plain.n_chosen, v=v + up * plain.n_rejected)
             value = family.loss(lowered, options)
@@ -231,7 +263,7 @@ def pair_loss(
     if options.use_weighting:
         mean = jax.lax.stop_gradient(sums.wpo / jnp.maximum(sums.tokens, 1.0))
         total = total * jnp.exp(mean[..., CHOSEN] + mean[..., REJECTED])
-    return total
+    return total if given.weight is None else total * given.weight
 
 
 def mixed_loss(sums: PairSums, group: jax.Array, weight: jax.Array, beta: jax.Array, options: LossOptions) -> jax.Array:

@@ -37,6 +37,23 @@ class PairSums(NamedTuple):
         return self.logp - self.ref_logp
 
 
+class Given(NamedTuple):
+    """What the data say of each pair, [R, S]; None where they say nothing. See `Batch`."""
+
+    beta: Any = None
+    """multiple of the beta in force"""
+    margin: Any = None
+    label: Any = None
+    weight: Any = None
+
+    def beta_of(self, beta: Any) -> Any:
+        """Each pair's beta, where `beta` is in force: a scalar where it is the same for all."""
+        return beta if self.beta is None else beta * self.beta
+
+
+NOTHING_GIVEN = Given()
+
+
 def pair_sums(
     stats: TokenStats,
     slot: jax.Array,

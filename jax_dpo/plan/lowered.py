@@ -6,6 +6,7 @@ TPU slice that nobody has rented yet) gets the same program compiled to see whet
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_dpo.arrays import Tree, flatten, unflatten
-from jax_dpo.data.batch import Batch, empty_batch
+from jax_dpo.data.batch import FIELD_OF, Batch, empty_batch
 from jax_dpo.data.pack import RowShape
 from jax_dpo.loss.family import LossOptions
 from jax_dpo.models.config import ModelConfig
@@ -46,11 +47,19 @@ def abstract_params(config: ModelConfig) -> Tree:
 
 
 def abstract_state(
-    params: Tree, tx: optax.GradientTransformation, mesh: Mesh, *, moving_reference: bool = False
+    params: Tree,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    moving_reference: bool = False,
+    dynamic_beta: bool = False,
 ) -> TrainState:
     """Shapes and shardings of the whole train state; a reference that moves is a second copy of the parameters in it."""
     step = jax.ShapeDtypeStruct((), np.int32)
-    state = TrainState(step, params, jax.eval_shape(tx.init, params), params if moving_reference else {})
+    threshold = {"threshold": jax.ShapeDtypeStruct((), np.float32)} if dynamic_beta else {}
+    state = TrainState(
+        step, params, jax.eval_shape(tx.init, params), params if moving_reference else {}, beta_threshold=threshold
+    )
     return jax.tree.map(_laid, state, state_shardings(state, mesh))
 
 
@@ -77,15 +86,22 @@ def abstract_frozen(facts: Facts, mesh: Mesh) -> Frozen:
 
 
 def abstract_batch(
-    mesh: Mesh, shape: RowShape, micro_batches: int, *, ref_logps: bool = False, router: bool = False
+    mesh: Mesh,
+    shape: RowShape,
+    micro_batches: int,
+    *,
+    ref_logps: bool = False,
+    router: bool = False,
+    columns: Sequence[str] = (),
 ) -> Batch:
     """Shapes and shardings [A, R, ...] of a step's batch; `ref_logps`: with the reference's sums in it; `router`: with what the router's
-    loss needs."""
+    loss needs; `columns`: with what these columns say of each pair."""
     rows = shape.rows * row_shards(mesh)
     place = NamedSharding(mesh, PartitionSpec(None, ROWS))
     one = empty_batch(1, shape, group=router, router=router)
     if ref_logps:
         one = one._replace(ref_logps=np.zeros(one.length.shape, np.float32))
+    one = one._replace(**{FIELD_OF[column]: np.zeros(one.index.shape, np.float32) for column in columns})
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((micro_batches, rows, *x.shape[1:]), x.dtype, sharding=place), one
     )
@@ -108,7 +124,7 @@ def lower_step(
       shape: rows of one row shard and what each holds.
       micro_batches: how many a step's arrays have room for; more than one brings a gradient accumulator with it.
     """
-    state = abstract_state(abstract_params(facts.policy), tx, mesh)
+    state = abstract_state(abstract_params(facts.policy), tx, mesh, dynamic_beta=options.beta_alpha > 0)
     step: Any = make_step(facts, options, tx, mesh, state, max_grad_norm=max_grad_norm)
     everywhere = replicated(mesh)
     scalar: Any = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=everywhere)  # noqa: E731
@@ -116,7 +132,14 @@ def lower_step(
     return step.lower(
         state,
         abstract_frozen(facts, mesh),
-        abstract_batch(mesh, shape, micro_batches, ref_logps=facts.precomputed, router=options.router_coef > 0),
+        abstract_batch(
+            mesh,
+            shape,
+            micro_batches,
+            ref_logps=facts.precomputed,
+            router=options.router_coef > 0,
+            columns=options.columns,
+        ),
         scalar(np.int32),
         Knobs(*(scalar(np.float32) for _ in Knobs._fields)),
         _laid(key, everywhere),

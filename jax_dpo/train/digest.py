@@ -125,7 +125,7 @@ def compare_arrays(directory: Path, written: Mapping[str, Any], wanted: Mapping[
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
             "checkpoint-does-not-fit",
-            f"{directory} was written by a run with another model, LoRA, dtype or optimizer: "
+            f"{directory} was written by a run with another model, LoRA, dtype, optimizer or beta_dpo_alpha: "
             f"{'; '.join(wrong[:3])}{more}. Set these options as they were, or start with a new output_dir.",
         )
 

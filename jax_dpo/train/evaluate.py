@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -37,6 +37,8 @@ class EvalSet:
     batches: Callable[[], Iterator[Batch]]
     group: int
     by_batches: bool = False
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """{field of `Batch`: [N]} what the data say of each pair"""
 
     @property
     def prefix(self) -> str:
@@ -61,12 +63,13 @@ def evaluate(
     order = np.argsort(index)[np.sum(index < 0) :]  # in the order of the set: sums do not depend on the packing
     join = lambda *xs: np.concatenate([x.reshape(-1, *x.shape[2:]) for x in xs])[order]  # noqa: E731
     loss, sums, routers = jax.tree.map(join, *(results for _, results in seen))
-    loss = loss + _of_several(sums, held_out.group, knobs, options)
+    loss = loss + _of_several(sums, held_out, knobs, options)
     aux = None
     if routers is not None:
         aux = _of_routers(routers, held_out.group)
         loss = loss + options.router_coef * aux
-    loss, beta = loss.astype(np.float64), float(knobs.beta)
+    loss = loss.astype(np.float64)
+    beta = float(knobs.beta) * held_out.columns.get("beta", np.float64(1))
     if held_out.by_batches:
         found = metrics.evaluation_by_batches(loss, sums, beta, held_out.group, aux)
     else:
@@ -77,13 +80,14 @@ def evaluate(
     return {held_out.prefix + name: value for name, value in found.items()}
 
 
-def _of_several(sums: PairSums, group: int, knobs: Knobs, options: LossOptions) -> np.ndarray:
+def _of_several(sums: PairSums, held_out: EvalSet, knobs: Knobs, options: LossOptions) -> np.ndarray:
     """What the terms of several pairs add to the loss of each, [N]: `sft` and `aot*`, within `group` pairs after each other."""
-    place = np.arange(len(sums.tokens))
+    place, group = np.arange(len(sums.tokens)), held_out.group
     which = place // group
     added = np.zeros(len(place))
     if "sft" in options.types:
-        logp, tokens = (np.bincount(which, x[:, CHOSEN].astype(np.float64)) for x in (sums.logp, sums.tokens))
+        counted = held_out.columns.get("pair_weight", np.float64(1)) * sums.logp[:, CHOSEN].astype(np.float64)
+        logp, tokens = (np.bincount(which, x) for x in (counted, sums.tokens[:, CHOSEN].astype(np.float64)))
         added -= options.weight_of("sft") * (logp / np.maximum(tokens, 1.0))[which]
     if options.mixes_pairs:
         groups = np.stack([which, place % group], axis=-1)

@@ -301,7 +301,7 @@ class Loop:
             **progress.window.metrics(),
             "grad_norm": self.norm,
             "learning_rate": self.rate,
-            "beta": controls.beta,
+            "beta": progress.window.beta if parts.options.beta_varies else controls.beta,
             "kl_coef": controls.kl_coef,
             "num_tokens": progress.num_tokens,
             "tokens_per_second": c["trl_tokens"] / seconds,

@@ -33,6 +33,8 @@ class Sums(NamedTuple):
     """sum of log pi - log ref over all scored tokens"""
     aux_loss: jax.Array
     """the router's balancing loss, weighted as the loss is; 0 where there is none"""
+    beta: jax.Array
+    """the pairs' mean beta"""
     kl_tokens: jax.Array
     """scored tokens whose KL was computed: all, or none where the reference is sums made beforehand"""
 
@@ -40,9 +42,10 @@ class Sums(NamedTuple):
 def step_sums(
     loss: jax.Array, sums: PairSums, weight: jax.Array, beta: jax.Array, aux_loss: jax.Array | None = None
 ) -> Sums:
-    """The sums of one micro-batch; `weight` [R, S] is 0 in empty slots, `aux_loss` the router's part of it."""
+    """The sums of one micro-batch; `weight` [R, S] is 0 in empty slots, `beta` a scalar or [R, S], `aux_loss` the router's part of it."""
     still = jax.tree.map(jax.lax.stop_gradient, sums)
-    reward = beta * still.logratio
+    beta = jnp.broadcast_to(jax.lax.stop_gradient(beta), weight.shape)
+    reward = beta[..., None] * still.logratio
     share = lambda x: jnp.sum(weight * x)  # noqa: E731
     side = lambda x, b: jnp.sum(x[..., b])  # noqa: E731
     kl = jnp.zeros_like(still.tokens) if still.kl is None else still.kl
@@ -63,6 +66,7 @@ def step_sums(
         top1_chosen=side(still.top1, CHOSEN),
         logratio=jnp.sum(still.logratio),
         aux_loss=jnp.zeros((), jnp.float32) if aux_loss is None else jax.lax.stop_gradient(aux_loss),
+        beta=share(beta),
         kl_tokens=0.0 * jnp.sum(still.tokens) if still.kl is None else jnp.sum(still.tokens),
     )
 
@@ -112,7 +116,7 @@ class Window:
     """Steps since the last log, averaged as TRL does: the loss over the steps, metrics of pairs over TRL's micro-batches, of which
     a step at the end of an epoch may have fewer; token sums add up."""
 
-    _OVER_GROUPS = ("reward_chosen", "reward_rejected", "accuracy", "logp_chosen", "logp_rejected", "aux_loss")
+    _OVER_GROUPS = ("reward_chosen", "reward_rejected", "accuracy", "logp_chosen", "logp_rejected", "aux_loss", "beta")
 
     def __init__(self) -> None:
         self.steps = 0
@@ -129,17 +133,25 @@ class Window:
         n = {"loss": max(self.steps, 1), **dict.fromkeys(self._OVER_GROUPS, max(self.total["groups"], 1.0))}
         return named({k: v / n.get(k, 1) for k, v in self.total.items()})
 
+    @property
+    def beta(self) -> float:
+        """Mean beta of the pairs."""
+        return self.total["beta"] / max(self.total["groups"], 1.0)
 
-def evaluation(loss: np.ndarray, sums: PairSums, beta: float, aux_loss: np.ndarray | None = None) -> dict[str, float]:
+
+def evaluation(
+    loss: np.ndarray, sums: PairSums, beta: float | np.ndarray, aux_loss: np.ndarray | None = None
+) -> dict[str, float]:
     """Metrics over an evaluation set, every pair counted once.
 
     Args:
       loss: [N] loss of each pair.
       sums: arrays [N, 2].
+      beta: of all pairs, or [N] of each.
       aux_loss: [N] the router's loss of each pair's evaluation batch, where there is one.
     """
     wide = PairSums(*(np.asarray(x, np.float64) for x in sums))
-    reward = beta * np.asarray(wide.logratio)
+    reward = np.reshape(beta, (-1, 1)) * np.asarray(wide.logratio)
     col = lambda x, b: float(np.asarray(x)[:, b].sum())  # noqa: E731
     return named(
         {
@@ -159,13 +171,14 @@ def evaluation(loss: np.ndarray, sums: PairSums, beta: float, aux_loss: np.ndarr
             "top1_chosen": col(wide.top1, CHOSEN),
             "logratio": float(np.asarray(wide.logratio).sum()),
             "aux_loss": 0.0 if aux_loss is None else float(aux_loss.mean()),
+            "beta": float(np.mean(beta)),
             "kl_tokens": float(np.asarray(wide.tokens).sum()),
         }
     )
 
 
 def evaluation_by_batches(
-    loss: np.ndarray, sums: PairSums, beta: float, group: int, aux_loss: np.ndarray | None = None
+    loss: np.ndarray, sums: PairSums, beta: float | np.ndarray, group: int, aux_loss: np.ndarray | None = None
 ) -> dict[str, float]:
     """As `evaluation`, but each metric is the plain mean of the values of TRL's evaluation batches of `group` pairs.
 
@@ -177,6 +190,7 @@ def evaluation_by_batches(
     for start in range(0, len(loss), group):
         here = slice(start, start + group)
         some = PairSums(*(x[here] for x in sums))
-        parts.append(evaluation(loss[here], some, beta, None if aux_loss is None else aux_loss[here]))
+        of = beta if np.ndim(beta) == 0 else np.asarray(beta)[here]
+        parts.append(evaluation(loss[here], some, of, None if aux_loss is None else aux_loss[here]))
     pooled = lambda name: name == "loss" or name.startswith("kl_")  # noqa: E731
     return {name: x if pooled(name) else sum(p[name] for p in parts) / len(parts) for name, x in whole.items()}

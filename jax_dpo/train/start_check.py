@@ -16,8 +16,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 
 
 def loss_at_start(options: LossOptions, beta: float) -> float | None:
-    """The loss where every log-ratio is 0; None where it depends on more than that (sft, pair weights)."""
-    if "sft" in options.types or options.use_weighting:
+    """The loss where every log-ratio is 0; None where it depends on more than that (sft, pair weights, columns of the data)."""
+    if options.columns or "sft" in options.types or options.use_weighting:
         return None
     nothing = PairSums(*(jnp.zeros((1, 1, 2)) for _ in PairSums._fields))
     value = pair_loss(nothing, jnp.ones((1, 1, 2), jnp.int32), jnp.float32(beta), jnp.float32(0), options)

@@ -15,13 +15,15 @@ class TrainState(NamedTuple):
     """Donated to the step. `params` are the trained leaves alone, in float32. Leaves are arrays, shapes or shardings.
 
     `reference` is there where the reference moves (`sync_ref_model`), in float32 as well: what a sync adds would be lost below half a
-    unit of bfloat16's last place. It is empty where the reference stays as it is and lies in `Frozen`.
+    unit of bfloat16's last place. It is empty where the reference stays as it is and lies in `Frozen`. `beta_threshold` is the scalar
+    that beta-DPO measures a step's margin against (`loss/dynamic_beta.py`), in a dict that is empty without it.
     """
 
     step: Any
     params: Tree
     opt_state: Any
     reference: Tree
+    beta_threshold: Tree = {}  # noqa: RUF012
 
 
 class Frozen(NamedTuple):

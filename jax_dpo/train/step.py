@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from jax_dpo.arrays import Tree, overlay
 from jax_dpo.data.batch import BRANCHES, Batch
+from jax_dpo.loss.dynamic_beta import batch_beta, next_threshold
 from jax_dpo.loss.family import LossOptions, mixed_loss, pair_loss
 from jax_dpo.loss.router import RouterSums, balance, of_group, router_sums, router_watch
-from jax_dpo.loss.scores import PairSums, pair_sums
+from jax_dpo.loss.scores import CHOSEN, REJECTED, Given, PairSums, pair_sums
 from jax_dpo.models.config import ModelConfig
 from jax_dpo.models.decoder import cast_for_compute, forward, unembedding
 from jax_dpo.models.experts import everywhere
@@ -117,6 +118,16 @@ def _pairs(stats: TokenStats, batch: Batch) -> PairSums:
     return pair_sums(stats, batch.slot, batch.weight.shape[1], BRANCHES, batch.token_weight, batch.ref_logps)
 
 
+def _given(batch: Batch) -> Given:
+    return Given(batch.beta, batch.margin, batch.label, batch.pair_weight)
+
+
+def _margin(sums: PairSums, batch: Batch) -> jax.Array:
+    """The micro-batch's part of the step's mean of a - b."""
+    ratio = sums.logratio
+    return jnp.sum(batch.weight * (ratio[..., CHOSEN] - ratio[..., REJECTED]))
+
+
 def micro_batch_loss(
     facts: Facts,
     options: LossOptions,
@@ -127,10 +138,14 @@ def micro_batch_loss(
     mesh: Mesh,
     key: jax.Array | None,
 ) -> tuple[jax.Array, Sums]:
-    """A micro-batch's part of the step's loss, and its sums: the loss of a step is the plain sum of its parts."""
+    """A micro-batch's part of the step's loss, and its sums: the loss of a step is the plain sum of its parts.
+
+    `knobs.beta` is that of the whole step: where beta follows the batch, the batch is the step.
+    """
     stats, routers = watched_statistics(facts, params, frozen, batch, mesh, key)
     sums = _pairs(stats, batch)
-    each = pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options)
+    given = _given(batch)
+    each = pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options, given)
     loss = jnp.sum(jnp.where(batch.weight > 0, batch.weight * each, 0.0))
     if batch.sft_weight is not None:
         loss = loss - options.weight_of("sft") * jnp.sum(batch.sft_weight * stats.logp)
@@ -140,7 +155,7 @@ def micro_batch_loss(
     if routers is not None:
         aux = jnp.sum(batch.weight * balance(of_group(routers, batch.group)))
         loss = loss + options.router_coef * aux
-    return loss, step_sums(loss, sums, batch.weight, knobs.beta, aux)
+    return loss, step_sums(loss, sums, batch.weight, given.beta_of(knobs.beta), aux)
 
 
 def _accumulated(
@@ -174,7 +189,10 @@ def _accumulated(
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Parameters by the rules, optimizer moments as their parameters, the rest replicated. `state` may be abstract."""
     opt_state = like_params(state.opt_state, state.params, mesh)
-    return TrainState(replicated(mesh), shardings(state.params, mesh), opt_state, shardings(state.reference, mesh))
+    threshold = jax.tree.map(lambda _: replicated(mesh), state.beta_threshold)
+    return TrainState(
+        replicated(mesh), shardings(state.params, mesh), opt_state, shardings(state.reference, mesh), threshold
+    )
 
 
 def make_step(
@@ -194,10 +212,30 @@ def make_step(
     """
     place = state_shardings(abstract, mesh)
 
+    def follow_batch(
+        state: TrainState, held: Frozen, batch: Batch, count: jax.Array, knobs: Knobs, key: jax.Array
+    ) -> tuple[Knobs, dict[str, Any]]:
+        """The step's own beta, and what it leaves in the state. Every pair of the step has a say, so this is a forward pass before it."""
+
+        def part(i: jax.Array) -> jax.Array:
+            one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
+            mine = jax.random.fold_in(key, i) if facts.dropout else None
+            return _margin(_pairs(statistics(facts, state.params, held, one, mesh, mine), one), one)
+
+        zero = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+        _, margin = jax.lax.while_loop(lambda c: c[0] < count, lambda c: (c[0] + 1, c[1] + part(c[0])), zero)
+        threshold = state.beta_threshold["threshold"]
+        after = next_threshold(threshold, knobs.beta, margin, options.beta_momentum)
+        beta = batch_beta(knobs.beta, margin, threshold, options.beta_alpha)
+        return knobs._replace(beta=beta), {"beta_threshold": {"threshold": after}}
+
     def step(
         state: TrainState, frozen: Frozen, batch: Batch, count: jax.Array, knobs: Knobs, key: jax.Array
     ) -> tuple[TrainState, dict[str, Any]]:
         held = frozen.against(state)
+        changed: dict[str, Any] = {}
+        if options.beta_alpha > 0:
+            knobs, changed = follow_batch(state, held, batch, count, knobs, key)
 
         def loss_fn(params: Tree, part: Batch, i: jax.Array | int) -> tuple[jax.Array, Sums]:
             mine = jax.random.fold_in(key, i) if facts.dropout else None
@@ -209,7 +247,7 @@ def make_step(
         updates, opt_state = tx.update(clip(grads, norm, max_grad_norm), state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - knobs.learning_rate * u, state.params, updates)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-        after = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+        after = state._replace(step=state.step + 1, params=params, opt_state=opt_state, **changed)
         return after, {"sums": sums, "grad_norm": norm, "finite": finite}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(mesh)))
@@ -240,7 +278,7 @@ def make_evaluation(
     ) -> tuple[jax.Array, PairSums, RouterSums | None]:
         stats, routers = watched_statistics(facts, params, frozen, batch, mesh, None)
         sums = _pairs(stats, batch)
-        return pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options), sums, routers
+        return pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options, _given(batch)), sums, routers
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 

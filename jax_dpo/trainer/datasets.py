@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_dpo.config import DPOConfig
 from jax_dpo.config.places import token_cache
-from jax_dpo.data.batch import Tree
+from jax_dpo.data.batch import FIELD_OF, Tree
 from jax_dpo.data.load import Rows, Stream, stream_rows
 from jax_dpo.data.pack import Sizes
 from jax_dpo.data.prepare import DataOptions, PreparedData, prepare
@@ -114,19 +114,27 @@ class PairSet:
     def chosen_scored(self) -> np.ndarray:
         return self.pairs.scored_lengths()[:, 0].astype(np.int64)
 
+    def columns(self, beta: float) -> dict[str, np.ndarray]:
+        """{field of `Batch`: float32 [N]} of the columns that are read and there; a pair's beta as a multiple of `beta`."""
+        read = {column: self.pairs.given(column) for column in self.data.options.columns}
+        found = {FIELD_OF[column]: values for column, values in read.items() if values is not None}
+        return {field: x / np.float32(beta) if field == "beta" else x for field, x in found.items()}
+
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence (prompt and one answer)."""
         return int(self.pairs.sequence_lengths().max(initial=1))
 
 
-def data_options(config: DPOConfig) -> DataOptions:
+def data_options(config: DPOConfig, *, held_out: bool = False) -> DataOptions:
     return DataOptions(
         max_length=config.max_length,
         truncation_mode=config.truncation_mode,
         max_prompt_length=config.max_prompt_length,
         drop_rows=tuple(config.drop_rows),
         min_gap=config.min_score_gap,
+        columns=tuple(config.pair_columns),
+        columns_needed=not held_out,
         cache_dir=token_cache(config.dataset_cache_dir),
     )
 
@@ -139,8 +147,9 @@ def prepare_set(
     name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     may_be_empty: bool = False,
+    held_out: bool = False,
 ) -> PairSet:
-    """Loads, checks and tokenizes one data set.
+    """Loads, checks and tokenizes one data set. A `held_out` one need not have the columns of `pair_columns`.
 
     Raises:
       UserError: see `data.prepare`; no pair is left, unless it `may_be_empty`.
@@ -149,7 +158,7 @@ def prepare_set(
         source,
         lambda: tokenizer.loaded,
         tokenizer_key=tokenizer.fingerprint,
-        options=data_options(config),
+        options=data_options(config, held_out=held_out),
         name=name,
         progress=progress,
     )
@@ -193,5 +202,5 @@ def prepare_evaluation(given: Any, tokenizer: Tokenizer, config: DPOConfig) -> d
     if given is None:
         return {}
     if isinstance(given, Mapping) and not isinstance(given, Rows):
-        return {str(name): prepare_set(source, tokenizer, config) for name, source in given.items()}
-    return {None: prepare_set(given, tokenizer, config)}
+        return {str(name): prepare_set(source, tokenizer, config, held_out=True) for name, source in given.items()}
+    return {None: prepare_set(given, tokenizer, config, held_out=True)}

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jax_dpo.config import DPOConfig
-from jax_dpo.data.batch import Batch, with_ref_logps
+from jax_dpo.data.batch import Batch, with_columns, with_ref_logps
 from jax_dpo.data.loader import Feed, StepBatch, evaluation_batches, places, step_batch
 from jax_dpo.data.order import Position, pairs_at
 from jax_dpo.data.pack import RowShape, Sizes, choose_shape, layout, micro_batches
@@ -72,6 +72,9 @@ def loss_options(config: DPOConfig) -> LossOptions:
         discopop_tau=config.discopop_tau,
         use_weighting=config.use_weighting,
         kl_reduction=config.kl_reduction,
+        columns=tuple(config.pair_columns),
+        beta_alpha=config.beta_dpo_alpha,
+        beta_momentum=config.beta_dpo_momentum,
     )
 
 
@@ -135,7 +138,8 @@ class Engine:
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the whole train state."""
         moves = self.config.sync_ref_model
-        return abstract_state(self.abstract_params, self.tx, self.mesh, moving_reference=moves)
+        dynamic = self.config.beta_dpo_alpha > 0
+        return abstract_state(self.abstract_params, self.tx, self.mesh, moving_reference=moves, dynamic_beta=dynamic)
 
     def fresh_state(self) -> TrainState:
         """The state before step 1, read from the model's files."""
@@ -145,7 +149,8 @@ class Engine:
         opt_state = jax.jit(self.tx.init, out_shardings=where.opt_state)(params)
         step = jax.device_put(np.int32(0), replicated(self.mesh))
         moving = moving_reference(self.pairing, params, self.mesh) if self.config.sync_ref_model else {}
-        return TrainState(step, params, opt_state, moving)
+        threshold = jax.tree.map(lambda sharding: jax.device_put(np.float32(0), sharding), where.beta_threshold)
+        return TrainState(step, params, opt_state, moving, threshold)
 
     def with_params(self, state: TrainState, policy: Policy) -> TrainState:
         """The state with the trained parameters of another policy of the same shape."""
@@ -267,7 +272,14 @@ class Engine:
         s = self.train_set
         assert s is not None
         made = step_batch(s, s.sizes, s.trl_tokens, s.chosen_scored, self.groups(position), self.feed)
-        return made if self.ref_logps is None else made._replace(batch=with_ref_logps(made.batch, self.ref_logps))
+        batch = with_columns(made.batch, self.train_columns)
+        return made._replace(batch=batch if self.ref_logps is None else with_ref_logps(batch, self.ref_logps))
+
+    @cached_property
+    def train_columns(self) -> dict[str, np.ndarray]:
+        """What the training data say of each pair, by the field of `Batch`."""
+        assert self.train_set is not None
+        return self.train_set.columns(self.config.beta)
 
     def to_devices(self, batch: StepBatch) -> Batch:
         return batch_to_devices(batch.batch, self.mesh, self.feed.rows, leading=1)
@@ -288,12 +300,14 @@ class Engine:
         if data.sizes.tokens.max() > shape.row_tokens or data.sizes.scored.max() > shape.row_scored:
             feed = self.feed_of(data)
 
+        c, columns = self.config, data.columns(self.config.beta)
+
         def batches() -> Iterator[Batch]:
             for batch in evaluation_batches(data, data.sizes, feed):
-                yield batch_to_devices(batch, self.mesh, feed.rows, leading=0)
+                yield batch_to_devices(with_columns(batch, columns), self.mesh, feed.rows, leading=0)
 
-        c = self.config
-        return EvalSet(name, len(data), batches, c.per_device_eval_batch_size, c.eval_weighting == "batches")
+        by_batches = c.eval_weighting == "batches"
+        return EvalSet(name, len(data), batches, c.per_device_eval_batch_size, by_batches, columns)
 
     @cached_property
     def step(self) -> Callable[..., Any]:

@@ -45,8 +45,8 @@ def run(directory: Path, loader: Loader, rows: Any = ROWS, **options: Any) -> Pr
 def same(a: PreparedData, b: PreparedData) -> bool:
     tables = (a.pairs.table, b.pairs.table)
     arrays = all(
-        np.array_equal(getattr(tables[0], n), getattr(tables[1], n), equal_nan=n == "gap")
-        for n in ("ids", "bounds", "row", "number", "file_of", "twin", "gap", "flags")
+        np.array_equal(getattr(tables[0], n), getattr(tables[1], n), equal_nan=n in ("gap", "given"))
+        for n in ("ids", "bounds", "row", "number", "file_of", "twin", "gap", "given", "flags")
     )
     return arrays and tables[0].facts == tables[1].facts and a.drops == b.drops and a.counts == b.counts
 
@@ -75,6 +75,20 @@ def test_options_that_only_choose_or_cut_share_an_entry(tmp_path: Path) -> None:
     assert data.dropped == {"small_gap": 2, "invalid": 1}
     with pytest.raises(UserError, match="row 10: chosen is null"):
         run(tmp_path, loader, drop_rows=())
+
+
+def test_columns_that_are_read_belong_to_the_key(tmp_path: Path) -> None:
+    loader = Loader()
+    rows = [{**row, "weight": i / 2, "beta": "0.5"} for i, row in enumerate(ROWS)]  # a CSV file has numbers as text
+    plain = run(tmp_path, loader, rows)
+    assert plain.pairs.given("weight") is None
+    read = [run(tmp_path, loader, rows, columns=("weight", "beta")) for _ in range(2)]
+    assert [d.from_cache for d in read] == [False, True] and loader.calls == 2
+    for data in read:
+        np.testing.assert_array_equal(data.pairs.given("weight"), np.arange(9, dtype=np.float32) / 2)
+        np.testing.assert_array_equal(data.pairs.given("beta"), np.full(9, 0.5, np.float32))
+        assert data.pairs.given("label") is None
+    assert run(tmp_path, loader, rows, columns=("beta", "weight")).from_cache  # in whatever order they are named
 
 
 def test_what_makes_the_ids_makes_the_key() -> None:

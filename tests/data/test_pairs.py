@@ -138,3 +138,39 @@ def test_blank_answers() -> None:
     assert not is_blank("a")
     assert not is_blank([assistant(None) | {"tool_calls": [{"id": "1"}]}])
     assert not is_blank([assistant(""), user("a"), assistant("")])
+
+
+ROW = {"prompt": "p", "chosen": "a", "rejected": "b", "beta": 0.2, "margin": -1, "label": 0.75, "weight": "3"}
+
+
+def test_columns_are_read_where_they_are_named() -> None:
+    layout = Layout(True, False)
+    pair = read_pair(ROW, layout, ("weight", "margin"))
+    assert isinstance(pair, Pair)
+    assert math.isnan(pair.given[0]) and pair.given[1] == -1 and math.isnan(pair.given[2]) and pair.given[3] == 3
+    assert all(map(math.isnan, read_pair(ROW, layout).given))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("beta", 0, "beta is a number (0), a number above 0 was expected"),
+        ("beta", None, "beta is null"),
+        ("margin", float("inf"), "margin is a number (inf), a number was expected"),
+        ("margin", "wide", "margin is 'wide', a number was expected"),
+        ("label", 1.25, "label is a number (1.25), a number from 0 to 1 was expected"),
+        ("label", True, "label is a boolean (true)"),
+        ("weight", -1, "a number of at least 0 was expected"),
+        ("weight", float("nan"), "weight is a number (nan)"),
+        ("weight", [1], "weight is a list"),
+    ],
+)
+def test_a_number_that_cannot_be_makes_the_row_invalid(column: str, value: Any, words: str) -> None:
+    problem = read_pair({**ROW, column: value}, Layout(True, False), (column,))
+    assert words in str(problem)
+    assert isinstance(read_pair({**ROW, column: value}, Layout(True, False)), Pair), "nobody reads it"
+
+
+def test_a_column_that_a_row_lacks() -> None:
+    row = {k: v for k, v in ROW.items() if k != "weight"}
+    assert read_pair(row, Layout(True, False), ("weight",)) == "weight is missing, a number of at least 0 was expected"

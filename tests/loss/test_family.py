@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_dpo.loss.dynamic_beta import batch_beta, next_threshold
 from jax_dpo.loss.family import FAMILIES, LossOptions, pair_loss
 from jax_dpo.loss.scores import PairSums
 
@@ -132,6 +133,19 @@ def test_where_only_a_part_overflows_the_loss_is_its_limit(name: str, z: tuple[f
     np.testing.assert_allclose(value, 3 * limit, rtol=1e-6)
     slope = -0.1 if name == "discopop" else 0.0
     np.testing.assert_allclose(grad[0], np.tile([slope, -slope], (3, 1)), atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("margin", "threshold", "want"),
+    # beta 0.1 and alpha 0.6: 0.1 (1 + 0.6 (0.1 margin - threshold)), but not below a tenth of 0.1.
+    [(0.0, 0.0, 0.1), (20.0, 0.5, 0.19), (-5.0, 0.5, 0.04), (-40.0, 1.0, 0.01)],
+)
+def test_the_beta_of_a_batch(margin: float, threshold: float, want: float) -> None:
+    of = lambda m: batch_beta(jnp.float32(0.1), m, jnp.float32(threshold), 0.6)  # noqa: E731
+    value, slope = jax.value_and_grad(of)(jnp.float32(margin))
+    assert float(value) == pytest.approx(want, rel=1e-6) and slope == 0
+    after = next_threshold(jnp.float32(threshold), jnp.float32(0.1), jnp.float32(margin), 0.9)
+    assert float(after) == pytest.approx(0.9 * threshold + 0.1 * 0.1 * margin, abs=1e-7)
 
 
 def test_an_infinite_loss_is_not_hidden() -> None:

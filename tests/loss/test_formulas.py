@@ -13,7 +13,7 @@ import pytest
 
 from jax_dpo.loss.aot import AOT_TYPES
 from jax_dpo.loss.family import FAMILIES, LossOptions, mixed_loss, pair_loss
-from jax_dpo.loss.scores import PairSums
+from jax_dpo.loss.scores import Given, PairSums
 
 PAIRS = 24
 RNG = np.random.default_rng(7)
@@ -23,6 +23,13 @@ REF = RNG.normal(-30, 6, (PAIRS, 2))
 LOGP = REF + np.concatenate([RNG.normal(0, 1, (8, 2)), RNG.normal(0, 8, (8, 2)), RNG.normal(0, 40, (8, 2))])
 KL = RNG.gamma(1.0, 4.0, (PAIRS, 2))
 TOKENS = RNG.integers(1, 40, (PAIRS, 2))
+# What columns of the data say: beta as a multiple, margins of both signs, labels with both ends, weights with 0.
+COLUMNS = {
+    "beta": RNG.uniform(0.2, 4.0, PAIRS),
+    "margin": RNG.normal(0.5, 1.0, PAIRS),
+    "label": np.concatenate([[0.0, 1.0, 0.5], RNG.uniform(0, 1, PAIRS - 3)]),
+    "weight": np.concatenate([[0.0, 1.0], RNG.uniform(0, 3, PAIRS - 2)]),
+}
 LENGTH = TOKENS + RNG.integers(0, 2, (PAIRS, 1))  # an answer without a prompt counts a token that is not scored
 
 Array = np.ndarray
@@ -49,10 +56,13 @@ PHI: dict[str, Callable[[Array, float], Array]] = {
 def plain(name: str, x: dict[str, Array], o: dict[str, Any]) -> Array:
     """One value a pair: `x` has a, b, u, v, n+ and n-."""
     a, b, u, v, n, m = (x[k] for k in ("a", "b", "u", "v", "n+", "n-"))
-    B, e = BETA, o.get("label_smoothing", 0.0)
+    columns = o.get("columns", ())
+    B, e = BETA * (COLUMNS["beta"] if "beta" in columns else 1), o.get("label_smoothing", 0.0)
     z, half = B * (u - v), 1 / (2 * B)
     mean = u / n - v / m
-    doubt = e if o.get("smooth_sigmoid") else 0.0
+    offset = COLUMNS["margin"] if "margin" in columns else 0
+    doubt = 1 - COLUMNS["label"] if "label" in columns else e if o.get("smooth_sigmoid") else 0.0
+    label = lambda z: -(1 - doubt) * ls(z - offset) - doubt * ls(offset - z)  # noqa: E731
     if name == "robust":
         return (-(1 - e) * ls(z) + e * ls(-z)) / (1 - 2 * e)
     if name == "exo_pair":
@@ -61,9 +71,9 @@ def plain(name: str, x: dict[str, Array], o: dict[str, Any]) -> Array:
         m = s(z / o.get("discopop_tau", 0.05))
         return -ls(z) * (1 - m) + np.exp(-z) * m
     return {
-        "sigmoid": lambda: -(1 - doubt) * ls(z) - doubt * ls(-z),
-        "sigmoid_norm": lambda: -(1 - doubt) * ls(B * mean) - doubt * ls(-B * mean),
-        "hinge": lambda: np.where(z.real < 1, 1 - z, 0),
+        "sigmoid": lambda: label(z),
+        "sigmoid_norm": lambda: label(B * mean),
+        "hinge": lambda: np.where(z.real < 1 + offset, 1 + offset - z, 0),
         "ipo": lambda: (mean - half) ** 2,
         "nca_pair": lambda: -ls(B * a) - ls(-B * a) / 2 - ls(-B * b) / 2,
         "bco_pair": lambda: -ls(B * a) - ls(-B * b),
@@ -89,13 +99,15 @@ def penalised(names: list[str], weights: list[float], o: dict[str, Any], logp: A
     total = np.zeros(PAIRS)
     for name, weight in zip(names, weights):
         x = {"a": a, "b": b, "u": u, "v": v, "n+": LENGTH[:, 0], "n-": LENGTH[:, 1]}
-        doubted = o.get("smooth_sigmoid") and name in ("sigmoid", "sigmoid_norm")
+        unsure = o.get("smooth_sigmoid") or "label" in o.get("columns", ())
+        doubted = unsure and name in ("sigmoid", "sigmoid_norm")
         inside = name in INSIDE and not doubted
         if inside:
             n, m = (LENGTH.T) if name == "sigmoid_norm" else (1, 1)
             x |= {"a": a - down, "b": b + up, "u": u - n * down, "v": v + m * up}
-        total = total + weight * (plain(name, x, o) + (0 if inside else BETA * (down + up)))
-    return total
+        B = BETA * (COLUMNS["beta"] if "beta" in o.get("columns", ()) else 1)
+        total = total + weight * (plain(name, x, o) + (0 if inside else B * (down + up)))
+    return total * COLUMNS["weight"] if "weight" in o.get("columns", ()) else total
 
 
 def case(*names: str, weights: list[float] | None = None, **options: Any) -> Any:
@@ -118,6 +130,15 @@ CASES = [
     *(case(name, kl_reduction="sequence") for name in ("sigmoid", "sigmoid_norm", "ipo", "sft")),
     case("sigmoid", "bco_pair", "sft", weights=[0.8, 0.2, 1.0]),
     case("sigmoid", "sigmoid", weights=[0.5, 0.25]),
+    *(case(name, columns=("beta", "margin", "label", "weight")) for name in ("sigmoid", "sigmoid_norm")),
+    *(case("sigmoid", columns=(column,)) for column in COLUMNS),
+    case("sigmoid", "sft", columns=("margin", "weight"), weights=[1.0, 0.5]),
+    case("hinge", columns=("beta", "margin", "weight")),
+    *(
+        case(name, columns=("beta", "weight"), label_smoothing=0.1)
+        for name in ("ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "sft")
+    ),
+    case("discopop", columns=("beta",)),
 ]
 
 
@@ -128,7 +149,9 @@ def ours(names: list[str], weights: list[float], o: dict[str, Any], logp: Array,
     def total(logp: jax.Array, kl: jax.Array) -> tuple[jax.Array, jax.Array]:
         zero = jnp.zeros((1, PAIRS, 2))
         sums = PairSums(logp[None], jnp.asarray(REF)[None], kl[None], jnp.asarray(TOKENS)[None] * 1.0, *[zero] * 4)
-        each = pair_loss(sums, jnp.asarray(LENGTH)[None], jnp.float64(BETA), jnp.float64(KL_COEF), options)[0]
+        given = Given(**{name: jnp.asarray(COLUMNS[name])[None] for name in options.columns})
+        length, beta, coef = jnp.asarray(LENGTH)[None], jnp.float64(BETA), jnp.float64(KL_COEF)
+        each = pair_loss(sums, length, beta, coef, options, given)[0]
         return jnp.sum(each), each
 
     with jax.enable_x64(True):

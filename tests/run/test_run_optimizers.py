@@ -43,4 +43,4 @@ def test_a_checkpoint_of_another_optimizer_is_refused(usual: dict[str, Any], tmp
     other = tiny.flags({**options, "max_steps": 4, "optim": "adafactor"})
     ended = tiny.jax_dpo("train", *other, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "true")
     assert ended.code == 2
-    assert "written by a run with another model, LoRA, dtype or optimizer" in ended.err
+    assert "written by a run with another model, LoRA, dtype, optimizer or beta_dpo_alpha" in ended.err

@@ -93,6 +93,18 @@ def test_sorted_losses_do_not_depend_on_rows_and_devices() -> None:
     assert abs(alone.losses[-1] - want.losses[-1]) > 1e-4, "other groups sort other pairs together"
 
 
+def test_what_the_data_say_of_pairs_goes_with_them() -> None:
+    """All four columns, and a beta that follows the step: at once, and in several micro-batches over four row shards."""
+    columns = ["beta", "margin", "label", "weight"]
+    given = {"pair_columns": columns, "beta_dpo_alpha": 0.6, "adam_epsilon": EPSILON, "learning_rate": 3e-3}
+    given |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "micro_batch": 4}
+    want = tiny.run(tiny.engine_on(ONE, **given, micro_batch_tokens=4096))
+    apart = tiny.run(tiny.engine_on((2, 2, 2), **given, micro_batch_tokens=100))
+    assert set(want.micro_batches) == {1} and min(apart.micro_batches) > 1
+    check_same(apart, want)
+    assert apart.evaluation["eval_loss"] == pytest.approx(want.evaluation["eval_loss"], rel=2e-6)
+
+
 def test_meshes_move_the_reference_alike() -> None:
     """TR-DPO: the reference lies as the parameters do, and the steps after a move see the same one."""
     moving = {"sync_ref_model": True, "ref_model_sync_steps": 2, "adam_epsilon": EPSILON}
