@@ -52,7 +52,7 @@ to write instead, all of it at once and before anything is loaded; where its val
 
 What a run does beyond TRL: the exact KL to the reference is measured, checkpoints are ranked and the run is judged by it; two equal runs
 are equal to the bit, a resumed one included; a number that is not finite is never hidden. [options.md](options.md) lists all options,
-those without a counterpart in TRL too.
+those without a counterpart in TRL too; [metrics.md](metrics.md) has every metric and where TRL's differs.
 """
 
 # Where an option means what TRL's does and more: what is more.

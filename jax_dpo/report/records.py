@@ -20,7 +20,7 @@ Record = dict[str, Any]
 KINDS = ("start", "train", "eval", "kl_action", "checkpoint", "samples", "resume", "verdict", "end")
 # What belongs to a step, and is undone with it.
 _OF_A_STEP = ("train", "eval", "kl_action", "checkpoint", "samples", "verdict")
-_NO_METRIC = ("kind", "step", "time", "set", "non_finite", "epoch")
+_NO_METRIC = ("kind", "step", "time", "set", "non_finite", "epoch", "reason", "seconds")
 
 
 class RunLog:
@@ -142,8 +142,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 def log_history(records: Iterable[Record]) -> list[dict[str, Any]]:
     """TRL's `trainer.state.log_history`: one dict a log line, its metrics first, then `epoch` and `step`.
 
-    A value that was not finite is NaN here, as in TRL. The dict of the finished run has `train_runtime` (seconds) and
-    whatever else the `end` record says under `train_`.
+    A value that was not finite is NaN here, as in TRL. The dict of the finished run has `train_runtime` (seconds), `train_loss`
+    and the metrics of the steps after the last log line.
     """
     history = []
     epoch: Any = None
@@ -152,7 +152,7 @@ def log_history(records: Iterable[Record]) -> list[dict[str, Any]]:
         if kind in ("train", "eval"):
             metrics = {k: v for k, v in record.items() if k not in _NO_METRIC}
         elif kind == "end" and record.get("reason") == "done":
-            metrics = {k: v for k, v in record.items() if k.startswith("train_")}
+            metrics = {k: v for k, v in record.items() if k not in _NO_METRIC}
             metrics = {"train_runtime": record.get("seconds"), **metrics}
         else:
             continue

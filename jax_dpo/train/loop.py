@@ -169,6 +169,9 @@ class Loop:
         self.pending: _Pending | None = None
         self.last_read: float | None = None  # when the device was last seen to be done, if nothing but steps came after
         self.compiled: Any = None
+        self.done = self.pairs_done = (
+            0  # steps and pairs of this process's lifetime, those that were rolled back included
+        )
 
     def run(self, stop: StopRequest) -> TrainState:
         """Trains to the planned end.
@@ -264,6 +267,7 @@ class Loop:
         self.progress.window.add(sums, batch.groups)
         self.norm, self.rate = float(done.results["grad_norm"]), done.rate
         c["pairs"] += len(batch.pairs)
+        self.done, self.pairs_done = self.done + 1, self.pairs_done + len(batch.pairs)
         c["trl_tokens"] += batch.trl_tokens
         c["flops"] += self.parts.flops(batch)
         c["fill"] += batch.fill

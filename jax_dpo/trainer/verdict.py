@@ -56,16 +56,21 @@ def conclude(run: Run, loop: Loop, *, primary: bool) -> int:
     )
     parts.display.write(parts.writers.write({"kind": "verdict", "step": progress.step, **verdict.to_dict()}))
     seconds = time.time() - run.began
-    parts.display.write(parts.writers.write(_end(progress.step, seconds, progress.mean_loss)))
+    parts.display.write(parts.writers.write(_end(loop, seconds)))
     if primary:
         write_verdict(out / "verdict.json", verdict)
         parts.report()
     return verdict.exit_code
 
 
-def _end(step: int, seconds: float, loss: float | None) -> dict[str, Any]:
-    mean = {} if loss is None else {"train_loss": loss}
-    return {"kind": "end", "step": step, "reason": "done", "seconds": seconds, **mean}
+def _end(loop: Loop, seconds: float) -> dict[str, Any]:
+    """With the metrics of the steps after the last log line, as TRL has them in its last entry."""
+    progress, rest = loop.progress, {}
+    if progress.window.steps:
+        rest = {k: v for k, v in progress.window.metrics().items() if k != "loss"} | {"num_tokens": progress.num_tokens}
+    mean = {} if progress.mean_loss is None else {"train_loss": progress.mean_loss}
+    speed = {"train_steps_per_second": loop.done / seconds, "train_samples_per_second": loop.pairs_done / seconds}
+    return {"kind": "end", "step": progress.step, "reason": "done", "seconds": seconds, **speed, **mean, **rest}
 
 
 def _restored(loop: Loop, step: int) -> TrainState:

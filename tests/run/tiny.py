@@ -168,7 +168,14 @@ def records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 # What differs between two equal runs: when, and how fast.
 TIMING = ("time", "tokens_per_second", "pairs_per_second", "step_time")
-TIMING += ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+TIMING += (
+    "seconds",
+    "train_steps_per_second",
+    "train_samples_per_second",
+    "eval_runtime",
+    "eval_samples_per_second",
+    "eval_steps_per_second",
+)
 
 
 def untimed(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
