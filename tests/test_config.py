@@ -105,6 +105,7 @@ OWN_DEFAULTS: dict[str, Any] = {
     "share_prompt": True,
     "packing": True,
     "eval_weighting": "pairs",
+    "nonfinite_steps": "stop",
     "kernels": "auto",
     "micro_batch_tokens": None,
     "mesh_data": 1,

@@ -122,6 +122,13 @@ class TrainingOptions:
     max_grad_norm: float = option(
         1.0, "Gradients are scaled down to this norm; 0 does not clip.", group="Optimizer", check=at_least(0)
     )
+    nonfinite_steps: str = option(
+        "stop",
+        "What a step does whose loss or gradient is not finite: stop ends the run; skip leaves weights and optimizer as they were, and "
+        "ends the run after 10 in a row. The rows are named either way.",
+        group="Optimizer",
+        choices=("stop", "skip"),
+    )
 
     bf16: bool | None = option(
         None,

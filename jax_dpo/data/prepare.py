@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jax_dpo.data.cache import default_cache_dir, entry_key, entry_path, read_entry, write_entry
 from jax_dpo.data.check import DROP_REASONS, TOO_LONG, Drop, check_drop_rows, name_rows, select_rows
@@ -58,6 +60,7 @@ class PreparedData:
 
     pairs: the rows that are used, tokenized and cut. drops: the rows left out. flagged: rows that have one of the reasons of
     `DROP_REASONS` and are used all the same, by number. warnings: sentences for the user. from_cache: nothing was tokenized.
+    files: the names of the table's files.
     """
 
     name: str
@@ -67,6 +70,18 @@ class PreparedData:
     flagged: dict[str, list[int]]
     warnings: list[str]
     from_cache: bool
+    files: tuple[str, ...] = ()
+
+    def row_names(self, positions: Sequence[int]) -> str:
+        """Pairs, by their positions, as the rows that people find them by: `a.jsonl, rows 3, 5; b.jsonl, row 1`."""
+        table, kept = self.pairs.table, self.pairs.kept[np.asarray(positions, np.int64)]
+        by_file: dict[int, list[int]] = {}
+        for k in kept.tolist():
+            by_file.setdefault(int(table.file_of[k]), []).append(int(table.number[k]))
+        return "; ".join(
+            f"{self.files[f] if f < len(self.files) else self.name}, {name_rows(sorted(numbers), most=16)}"
+            for f, numbers in sorted(by_file.items())
+        )
 
     @property
     def facts(self) -> Facts:
@@ -154,7 +169,7 @@ def prepare(
         max_prompt_length=o.max_prompt_length,
     )
     warnings += _warnings(pairs, drops, flagged, options, rows.name)
-    return PreparedData(rows.name, options, pairs, drops, flagged, warnings, from_cache)
+    return PreparedData(rows.name, options, pairs, drops, flagged, warnings, from_cache, tuple(rows.files))
 
 
 def _table(

@@ -17,9 +17,9 @@ from jax_dpo.errors import UserError
 
 Record = dict[str, Any]
 
-KINDS = ("start", "train", "eval", "kl_action", "checkpoint", "samples", "resume", "verdict", "end")
+KINDS = ("start", "train", "eval", "nonfinite", "kl_action", "checkpoint", "samples", "resume", "verdict", "end")
 # What belongs to a step, and is undone with it.
-_OF_A_STEP = ("train", "eval", "kl_action", "checkpoint", "samples", "verdict")
+_OF_A_STEP = ("train", "eval", "nonfinite", "kl_action", "checkpoint", "samples", "verdict")
 _NO_METRIC = ("kind", "step", "time", "set", "non_finite", "epoch", "reason", "seconds")
 
 

@@ -66,6 +66,9 @@ def about(run: Run) -> Markup:
 
 def warnings(run: Run) -> Markup | None:
     found = [str(w) for w in part(run.start, "plan").get("warnings") or ()]
+    found += [summary.nonfinite_text(r) for r in run.nonfinite[:20]]
+    if len(run.nonfinite) > 20:
+        found.append(f"{len(run.nonfinite) - 20:,} more such steps and evaluations: run.jsonl, kind nonfinite.")
     alike: dict[tuple[int, ...], list[str]] = {}
     for name, steps in run.not_finite().items():
         alike.setdefault(tuple(steps), []).append(name)

@@ -26,6 +26,7 @@ class Run:
     start: Record
     train: list[Record]
     evals: list[Record]
+    nonfinite: list[Record]
     actions: list[Record]
     checkpoints: list[Record]
     samples: list[Record]
@@ -143,6 +144,7 @@ def summarise(records: Iterable[Record]) -> Run:
         start=next(iter(reversed(of("start"))), {}),
         train=[train[k] for k in sorted(train)],
         evals=[evals[k] for k in sorted(evals, key=lambda k: k[0])],
+        nonfinite=of("nonfinite"),
         actions=of("kl_action"),
         checkpoints=[checkpoints[k] for k in sorted(checkpoints)],
         samples=list(samples.values()),
@@ -183,6 +185,15 @@ def accuracy_text(record: Record | None) -> str:
     if record is None:
         return fmt.NONE
     return "no preference yet" if no_preference(record) else fmt.percent(eval_value(record, "rewards/accuracies"))
+
+
+def nonfinite_text(record: Record) -> str:
+    """What was not finite, where, and what was done."""
+    step, rows, what = fmt.whole(record.get("step")), record.get("rows"), record.get("what")
+    if what == "evaluation":
+        return f"step {step}: held-out pairs whose numbers are not finite, counted all the same: {rows}"
+    made = f"the pairs that made it: {rows}" if what == "loss" else f"no pair is faulty by itself; its pairs: {rows}"
+    return f"step {step} skipped: its {what} is not finite ({made})"
 
 
 def action_text(action: Record) -> str:

@@ -205,6 +205,10 @@ class Terminal:
         self._rows += 1
         self._say(cells + "".join(f"{v:>{w}}" for (_, v), w in zip(values, widths)), style="red" if over else "")
 
+    def _show_nonfinite(self, record: Record) -> None:
+        self._line.doing(None)
+        self._say(summary.nonfinite_text(record), style="red")
+
     def _show_kl_action(self, record: Record) -> None:
         reason = f" ({record['reason']})" if record.get("reason") else ""
         self._say(f"step {record.get('step')}  KL control: {summary.action_text(record)}{reason}", style="yellow")

@@ -47,9 +47,17 @@ class EvalSet:
 
 
 def evaluate(
-    run: Evaluator, held_out: EvalSet, params: Tree, frozen: Frozen, knobs: Knobs, options: LossOptions
+    run: Evaluator,
+    held_out: EvalSet,
+    params: Tree,
+    frozen: Frozen,
+    knobs: Knobs,
+    options: LossOptions,
+    faulty: Callable[[np.ndarray], None] | None = None,
 ) -> dict[str, float]:
     """Metrics of a held-out set under `eval_` (and the set's name), with `runtime` and speed.
+
+    `faulty` is told the positions of the pairs whose loss or log-ratio is not finite, if there are any.
 
     The loss is the mean over pairs; the `sft` term of a pair is the mean over the chosen tokens of its evaluation batch, `aot*`
     sorts within that batch, and the router's loss of a pair is that of the batch.
@@ -68,6 +76,9 @@ def evaluate(
     if routers is not None:
         aux = _of_routers(routers, held_out.group)
         loss = loss + options.router_coef * aux
+    bad = np.flatnonzero(~(np.isfinite(loss) & np.isfinite(np.asarray(sums.logratio)).all(-1)))
+    if faulty is not None and len(bad):
+        faulty(bad)
     loss = loss.astype(np.float64)
     beta = float(knobs.beta) * held_out.columns.get("beta", np.float64(1))
     if held_out.by_batches:

@@ -324,6 +324,8 @@ def _value(entry: Entry, metric: str, set_name: str | None) -> float | None:
     for key in ((f"eval_{set_name}_{metric}",) if set_name else ()) + (f"eval_{metric}",):
         if entry.get(key) is not None:
             return float(entry[key])
+        if key in entry.get("non_finite", ()):  # as run.jsonl has it: null, and named
+            return math.nan
     return None
 
 

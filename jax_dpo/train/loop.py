@@ -8,36 +8,37 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_dpo.data.batch import Batch
 from jax_dpo.data.loader import StepBatch, prefetch
-from jax_dpo.data.order import START, Position
-from jax_dpo.errors import Stopped, UserError
+from jax_dpo.data.order import Position
+from jax_dpo.errors import Stopped
 from jax_dpo.loss.family import LossOptions
 from jax_dpo.report.terminal import Display
 from jax_dpo.report.writers import Writers
+from jax_dpo.train import nonfinite
 from jax_dpo.train.checkpoint import Checkpoints
-from jax_dpo.train.control import ControlState, react
+from jax_dpo.train.control import react
 from jax_dpo.train.controllers import Controller
 from jax_dpo.train.evaluate import EvalSet, Evaluator, evaluate
 from jax_dpo.train.gates import Ranking
 from jax_dpo.train.metrics import Window
 from jax_dpo.train.plan import Plan
+from jax_dpo.train.progress import COUNTED, Progress
 from jax_dpo.train.schedule import Schedule
 from jax_dpo.train.signals import StopRequest
 from jax_dpo.train.state import Frozen, Knobs, TrainState
 
 Step = Callable[..., tuple[TrainState, dict[str, Any]]]
-
-# What is added up between two log lines beside the metrics; `seconds` are those of steps, without evaluations and saves.
-COUNTED = ("pairs", "trl_tokens", "flops", "fill", "steps", "seconds")
 
 
 @dataclass(frozen=True)
@@ -78,77 +79,11 @@ class Parts:
     report: Callable[[], None]
     flops: Callable[[StepBatch], float]
     peak_flops: float | None
-
-
-@dataclass
-class Progress:
-    """Where a run stands; with the state's arrays, all that a checkpoint must hold."""
-
-    control: ControlState
-    step: int = 0
-    position: Position = START
-    num_tokens: int = 0
-    window: Window = field(default_factory=Window)
-    counted: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0.0))
-    scores: dict[int, float] = field(default_factory=dict)
-    """score of every evaluation so far, by step"""
-    good: list[int] = field(default_factory=list)
-    """steps whose evaluation held the KL bound"""
-    saved: list[int] = field(default_factory=list)
-    losses: tuple[float, int] = (0.0, 0)
-    """sum of the losses of all steps, and how many they are"""
-    moved: bool = False
-    """whether any step had a learning rate above 0"""
-
-    def meta(self) -> dict[str, Any]:
-        """Plain data for JSON; floats survive it to the bit."""
-        return {
-            "step": self.step,
-            "position": list(self.position),
-            "num_tokens": self.num_tokens,
-            "control": self.control.to_dict(),
-            "window": [self.window.steps, self.window.total],
-            "counted": self.counted,
-            "scores": {str(k): v for k, v in self.scores.items() if math.isfinite(v)},
-            "evaluated": sorted(self.scores),
-            "good": self.good,
-            "saved": self.saved,
-            "losses": list(self.losses),
-            "moved": self.moved,
-        }
-
-    @classmethod
-    def from_meta(cls, meta: Mapping[str, Any]) -> Progress:
-        window = Window()
-        window.steps, window.total = meta["window"][0], window.total | meta["window"][1]
-        scores = {step: float(meta["scores"].get(str(step), -math.inf)) for step in meta["evaluated"]}
-        return cls(
-            control=ControlState.from_dict(meta["control"]),
-            step=meta["step"],
-            position=Position(*meta["position"]),
-            num_tokens=meta["num_tokens"],
-            window=window,
-            counted=dict(meta["counted"]),
-            scores=scores,
-            good=list(meta["good"]),
-            saved=list(meta["saved"]),
-            losses=(float(meta["losses"][0]), int(meta["losses"][1])),
-            moved=meta["moved"],
-        )
-
-    @property
-    def mean_loss(self) -> float | None:
-        """The mean of all steps, as TRL's train_loss."""
-        total, steps = self.losses
-        return total / steps if steps else None
-
-    def keep_saved(self, steps: Sequence[int]) -> None:
-        """Forgets checkpoints that are not among `steps`: some of an older checkpoint's list may have been rotated away since."""
-        self.saved = [step for step in self.saved if step in steps]
-
-    def best_saved(self, ranking: Ranking) -> int | None:
-        """The step of the best checkpoint that there is."""
-        return ranking.best({step: self.scores[step] for step in self.saved if step in self.scores})
+    skip_nonfinite: bool
+    faulty_pairs: Callable[[str | None, np.ndarray, TrainState], np.ndarray]
+    """of these positions in a set, those whose numbers are not finite by themselves"""
+    row_names: Mapping[str | None, nonfinite.RowNames]
+    """of the training set ("train") and of each evaluation set, by its name"""
 
 
 @dataclass
@@ -264,6 +199,8 @@ class Loop:
         self.last_read = now
         if not bool(done.results["finite"]):
             self._not_finite(done)
+            return
+        self.progress.skipped = (self.progress.skipped[0], 0)
         self.progress.window.add(sums, batch.groups)
         self.norm, self.rate = float(done.results["grad_norm"]), done.rate
         c["pairs"] += len(batch.pairs)
@@ -288,17 +225,22 @@ class Loop:
             self._read(before)
 
     def _not_finite(self, done: _Pending) -> None:
-        rows = ", ".join(str(int(i) + 1) for i in done.batch.pairs[:16])
-        raise UserError(
-            "not-finite",
-            f"The loss or the gradient of step {done.step} is not finite; its pairs are {rows} of the prepared data. Nothing of this step "
-            "was saved, and the checkpoints of before are there. Lower learning_rate, use more warmup_steps or a smaller "
-            "max_grad_norm; if it is step 1, look at these rows and at the model's weights.",
-        )
+        """Ends the run, or leaves the step out: the state is that of before then."""
+        parts, progress, rows = self.parts, self.progress, self.parts.row_names["train"]
+        faulty = parts.faulty_pairs("train", np.sort(done.batch.pairs), self.state)
+        fault = nonfinite.of_step(done.step, faulty, done.batch.pairs)
+        if not parts.skip_nonfinite:
+            raise nonfinite.stopped(fault, rows)
+        progress.skipped = (progress.skipped[0] + 1, progress.skipped[1] + 1)
+        self._write("nonfinite", fault.record(rows, "skipped"))
+        if progress.skipped[1] >= nonfinite.MOST_IN_A_ROW:
+            raise nonfinite.too_many(fault, rows)
 
     def _log(self) -> None:
         """One train record: means since the last one."""
         parts, progress, c = self.parts, self.progress, self.progress.counted
+        if not progress.window.steps:  # all of them were skipped
+            return
         controls = progress.control.controls
         seconds = max(c["seconds"], 1e-9)
         record = {
@@ -333,12 +275,20 @@ class Loop:
         for held_out in parts.eval_sets:
             parts.display.busy("evaluating" + (f" {held_out.name}" if held_out.name else ""))
             knobs = self._judging_knobs()
-            metrics = evaluate(parts.evaluator, held_out, self.state.params, frozen, knobs, parts.options)
+            tell = partial(self._faulty_evaluation, held_out)
+            metrics = evaluate(parts.evaluator, held_out, self.state.params, frozen, knobs, parts.options, tell)
             name = {} if held_out.name is None else {"set": held_out.name}
             self._write("eval", {**metrics, "beta": beta, **name, **self._tokens_so_far(held_out)})
             parts.notify("on_evaluate", metrics)
             found |= metrics
         return found
+
+    def _faulty_evaluation(self, held_out: EvalSet, pairs: np.ndarray) -> None:
+        alone = self.parts.faulty_pairs(held_out.name, pairs, self.state)
+        fault = nonfinite.Fault(
+            self.progress.step, "evaluation", tuple(int(i) for i in (alone if len(alone) else pairs))
+        )
+        self._write("nonfinite", fault.record(self.parts.row_names[held_out.name], "counted"))
 
     def _tokens_so_far(self, held_out: EvalSet) -> dict[str, int]:
         """TRL's `eval_num_tokens`: what has been trained on, not what is evaluated."""

@@ -207,8 +207,8 @@ def make_step(
     """The jitted train step `(state, frozen, batch, count, knobs, key) -> (state, results)`; `state` is donated.
 
     `batch` has arrays [A, R, ...] of which the first `count` micro-batches hold something. Results: `sums` (`metrics.Sums`),
-    `grad_norm` (before clipping) and `finite`. The state after a step that is not finite is lost: keeping the one of before would take
-    a second copy of the moments, and the run ends there anyway.
+    `grad_norm` (before clipping) and `finite`. A step that is not finite leaves parameters and moments as they were, to the bit. That takes
+    no second copy: the choice is made element by element in the update, after the gradients are all there.
     """
     place = state_shardings(abstract, mesh)
 
@@ -244,9 +244,15 @@ def make_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         grads, sums = _accumulated(grad_fn, state.params, batch, count, place.params)
         norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(clip(grads, norm, max_grad_norm), state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - knobs.learning_rate * u, state.params, updates)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
+
+        def updated() -> tuple[Tree, Any, dict[str, Any]]:
+            updates, opt_state = tx.update(clip(grads, norm, max_grad_norm), state.opt_state, state.params)
+            params = jax.tree.map(lambda p, u: p - knobs.learning_rate * u, state.params, updates)
+            return params, opt_state, changed
+
+        before = (state.params, state.opt_state, {name: getattr(state, name) for name in changed})
+        params, opt_state, changed = jax.lax.cond(finite, updated, lambda: before)
         after = state._replace(step=state.step + 1, params=params, opt_state=opt_state, **changed)
         return after, {"sums": sums, "grad_norm": norm, "finite": finite}
 

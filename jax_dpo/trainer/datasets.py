@@ -126,6 +126,27 @@ class PairSet:
         return int(self.pairs.sequence_lengths().max(initial=1))
 
 
+@dataclass(frozen=True)
+class Some:
+    """Some pairs of a set, by their positions [n] in it."""
+
+    whole: PairSet
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def tree(self, i: int) -> Tree:
+        return self.whole.tree(int(self.positions[i]))
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(*(x[self.positions] for x in self.whole.sizes))
+
+    def columns(self, beta: float) -> dict[str, np.ndarray]:
+        return {field: x[self.positions] for field, x in self.whole.columns(beta).items()}
+
+
 def data_options(config: DPOConfig, *, held_out: bool = False) -> DataOptions:
     return DataOptions(
         max_length=config.max_length,

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -24,13 +25,13 @@ from jax_dpo.plan.lowered import abstract_params, abstract_state
 from jax_dpo.policy import Policy
 from jax_dpo.sharding.mesh import make_mesh, replicated, row_shards
 from jax_dpo.sharding.place import batch_to_devices, row_range
-from jax_dpo.train.evaluate import EvalSet
+from jax_dpo.train.evaluate import EvalSet, evaluate
 from jax_dpo.train.flops import attended_of, cost_of, work_of
 from jax_dpo.train.optimizer import OptimizerOptions, make_optimizer
 from jax_dpo.train.plan import Plan
-from jax_dpo.train.state import TrainState
+from jax_dpo.train.state import Frozen, Knobs, TrainState
 from jax_dpo.train.step import make_evaluation, make_step, make_sync
-from jax_dpo.trainer.datasets import PairSet
+from jax_dpo.trainer.datasets import PairSet, Some
 from jax_dpo.trainer.models import (
     Pairing,
     facts_of,
@@ -293,12 +294,26 @@ class Engine:
         w = self.work
         return float(w.token * s.sizes.tokens[i].sum() + w.attention * seen.sum() + w.scored * s.sizes.scored[i].sum())
 
-    def held_out(self, name: str | None, data: PairSet) -> EvalSet:
-        """An evaluation set in batches of the training shape, or of a shape of its own where its pairs do not fit."""
+    def faulty_pairs(self, data: PairSet, positions: np.ndarray, state: TrainState, frozen: Frozen) -> np.ndarray:
+        """Those of the pairs whose numbers are not finite under the policy as it stands. Each is computed in a row of its own: what is not
+        finite spreads over the row that it lies in."""
+        c = self.config
+        found: list[np.ndarray] = []
+        knobs = Knobs(*(jnp.float32(x) for x in (0.0, c.beta, c.kl_coef)))
+        some = self.held_out(None, Some(data, positions), alone=True)
+        evaluate(self.evaluator, some, state.params, frozen, knobs, self.options, found.append)
+        return positions[np.concatenate(found)] if found else positions[:0]
+
+    def held_out(self, name: str | None, data: PairSet | Some, *, alone: bool = False) -> EvalSet:
+        """An evaluation set in batches of the training shape, or of a shape of its own where its pairs do not fit. `alone`: a row holds
+        one pair."""
         feed = self.feed
         shape = feed.shape
         if data.sizes.tokens.max() > shape.row_tokens or data.sizes.scored.max() > shape.row_scored:
+            assert isinstance(data, PairSet)
             feed = self.feed_of(data)
+        if alone:
+            feed = replace(feed, shape=replace(feed.shape, row_pairs=1))
 
         c, columns = self.config, data.columns(self.config.beta)
 

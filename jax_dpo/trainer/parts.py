@@ -24,8 +24,9 @@ from jax_dpo.train.controllers import AdaptiveBeta, Controller, DualKLCoef, PIBe
 from jax_dpo.train.evaluate import evaluate
 from jax_dpo.train.flops import matmul_rate, peak_of
 from jax_dpo.train.gates import Ranking
-from jax_dpo.train.loop import KLControl, Parts, Progress
+from jax_dpo.train.loop import KLControl, Parts
 from jax_dpo.train.plan import Plan, interval, total_steps
+from jax_dpo.train.progress import Progress
 from jax_dpo.train.schedule import schedule, warmup_of
 from jax_dpo.train.start_check import check_start
 from jax_dpo.train.state import Frozen, Knobs, TrainState
@@ -206,8 +207,9 @@ def assemble(
 ) -> Parts:
     """Everything that the loop needs. `notify` tells the callbacks; `primary`: this process writes."""
     config, engine, plan = run.args, run.engine, run.plan
-    assert plan is not None
+    assert plan is not None and run.train_set is not None
     out = Path(config.output_dir)
+    named: dict[str | None, PairSet] = {**engine.eval_sets, "train": run.train_set}
     eval_sets = tuple(engine.held_out(name, data) for name, data in engine.eval_sets.items())
     ranking = ranking_of(config, engine.eval_sets)
     writers = Writers(log, open_writers(config.report_to, out, config.run_name, config.project) if primary else ())
@@ -247,6 +249,11 @@ def assemble(
         report=report,
         flops=engine.flops,
         peak_flops=None if peak is None else peak * jax.device_count(),
+        skip_nonfinite=config.nonfinite_steps == "skip",
+        faulty_pairs=lambda name, pairs, state: engine.faulty_pairs(
+            named[name], pairs, state, engine.against(state, frozen)
+        ),
+        row_names={name: s.data.row_names for name, s in named.items()},
     )
 
 

@@ -49,6 +49,7 @@ def conclude(run: Run, loop: Loop, *, primary: bool) -> int:
             planned=plan.total,
             warmup_steps=warmup_of(config.warmup_steps, plan.total),
             all_rates_zero=not progress.moved,
+            skipped=progress.skipped[0],
             learning_rate=config.learning_rate,
             beta=config.beta,
             sync_steps=plan.sync_steps,

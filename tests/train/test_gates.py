@@ -289,3 +289,13 @@ def test_verdict_json(tmp_path: Path) -> None:
     kl = read["gates"][1]
     assert set(kl) == {"name", "status", "value", "bound", "reason", "advice"}
     assert (kl["status"], kl["value"]) == ("failed", None)
+
+
+def test_a_number_that_was_not_finite_fails_its_gate() -> None:
+    """run.jsonl has it as null, with its name beside it; that is no missing number."""
+    names = ["eval_loss", "eval_rewards/margins", "eval_kl_divergence"]
+    healthy = {"step": 0, "eval_loss": 0.69, "eval_rewards/margins": 0.0, "eval_kl_divergence": 0.0}
+    lost = {"step": 9, **dict.fromkeys(names), "non_finite": names}
+    verdict = judge([healthy, lost], completed=True, target_kl=0.1, final_step=9)
+    assert [gate.status for gate in verdict.gates] == ["passed", "failed", "failed", "failed"]
+    assert verdict.exit_code == 3

@@ -1,0 +1,91 @@
+"""Where a run stands: with the arrays of its state, all that a checkpoint must hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax_dpo.data.order import START, Position
+from jax_dpo.train.control import ControlState
+from jax_dpo.train.gates import Ranking
+from jax_dpo.train.metrics import Window
+
+# What is added up between two log lines beside the metrics; `seconds` are those of steps, without evaluations and saves.
+COUNTED = ("pairs", "trl_tokens", "flops", "fill", "steps", "seconds")
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the state's arrays, all that a checkpoint must hold."""
+
+    control: ControlState
+    step: int = 0
+    position: Position = START
+    num_tokens: int = 0
+    window: Window = field(default_factory=Window)
+    counted: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0.0))
+    scores: dict[int, float] = field(default_factory=dict)
+    """score of every evaluation so far, by step"""
+    good: list[int] = field(default_factory=list)
+    """steps whose evaluation held the KL bound"""
+    saved: list[int] = field(default_factory=list)
+    losses: tuple[float, int] = (0.0, 0)
+    """sum of the losses of all steps, and how many they are"""
+    moved: bool = False
+    """whether any step had a learning rate above 0"""
+    skipped: tuple[int, int] = (0, 0)
+    """steps left out because they were not finite: in all, and in a row up to now"""
+
+    def meta(self) -> dict[str, Any]:
+        """Plain data for JSON; floats survive it to the bit."""
+        return {
+            "step": self.step,
+            "position": list(self.position),
+            "num_tokens": self.num_tokens,
+            "control": self.control.to_dict(),
+            "window": [self.window.steps, self.window.total],
+            "counted": self.counted,
+            "scores": {str(k): v for k, v in self.scores.items() if math.isfinite(v)},
+            "evaluated": sorted(self.scores),
+            "good": self.good,
+            "saved": self.saved,
+            "losses": list(self.losses),
+            "moved": self.moved,
+            "skipped": list(self.skipped),
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Progress:
+        window = Window()
+        window.steps, window.total = meta["window"][0], window.total | meta["window"][1]
+        scores = {step: float(meta["scores"].get(str(step), -math.inf)) for step in meta["evaluated"]}
+        return cls(
+            control=ControlState.from_dict(meta["control"]),
+            step=meta["step"],
+            position=Position(*meta["position"]),
+            num_tokens=meta["num_tokens"],
+            window=window,
+            counted=dict(meta["counted"]),
+            scores=scores,
+            good=list(meta["good"]),
+            saved=list(meta["saved"]),
+            losses=(float(meta["losses"][0]), int(meta["losses"][1])),
+            moved=meta["moved"],
+            skipped=(int(meta["skipped"][0]), int(meta["skipped"][1])),
+        )
+
+    @property
+    def mean_loss(self) -> float | None:
+        """The mean of all steps, as TRL's train_loss."""
+        total, steps = self.losses
+        return total / steps if steps else None
+
+    def keep_saved(self, steps: Sequence[int]) -> None:
+        """Forgets checkpoints that are not among `steps`: some of an older checkpoint's list may have been rotated away since."""
+        self.saved = [step for step in self.saved if step in steps]
+
+    def best_saved(self, ranking: Ranking) -> int | None:
+        """The step of the best checkpoint that there is."""
+        return ranking.best({step: self.scores[step] for step in self.saved if step in self.scores})
