@@ -56,9 +56,12 @@ class Policy:
         """Logits [B, T, V] float32 of token ids [B, T]; `attention_mask` [B, T] is 1 on real tokens, padding left or right."""
         import jax.numpy as jnp
 
+        from jax_dpo.models.decoder import precision
+
         ids = jnp.asarray(np.asarray(input_ids), jnp.int32)
         mask = jnp.ones_like(ids) if attention_mask is None else jnp.asarray(np.asarray(attention_mask), jnp.int32)
-        return _jitted_logits()(self.config, self.params, ids, mask)
+        with precision(self.dtype):
+            return _jitted_logits()(self.config, self.params, ids, mask)
 
     @property
     def name(self) -> str:

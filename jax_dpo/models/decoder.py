@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -89,6 +90,13 @@ def stays_float32(path: str) -> bool:
 
 def without_adapter(config: ModelConfig) -> ModelConfig:
     return replace(config, lora=None)
+
+
+def precision(compute_dtype: str) -> AbstractContextManager[Any]:
+    """What float32 products are made with while a program is traced: with whole float32, where a TPU would take one pass of bfloat16
+    and a GPU TF32 by themselves. `JAX_DEFAULT_MATMUL_PRECISION` wins, and bfloat16 products need nothing."""
+    given = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return jax.default_matmul_precision("highest") if compute_dtype == "float32" and given is None else nullcontext()
 
 
 def cast_for_compute(params: Mapping[str, Any], dtype: jnp.dtype) -> Tree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax_dpo.loss.family import LossOptions, mixed_loss, pair_loss
 from jax_dpo.loss.router import RouterSums, balance, of_group, router_sums, router_watch
 from jax_dpo.loss.scores import CHOSEN, REJECTED, Given, PairSums, pair_sums
 from jax_dpo.models.config import ModelConfig
-from jax_dpo.models.decoder import cast_for_compute, forward, unembedding
+from jax_dpo.models.decoder import cast_for_compute, forward, precision, unembedding
 from jax_dpo.models.experts import everywhere
 from jax_dpo.ops.token_stats.api import TokenStats, token_stats
 from jax_dpo.sharding.experts import spread_experts
@@ -186,6 +186,17 @@ def _accumulated(
     return grads, sums
 
 
+def _precise(facts: Facts, traced: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, traced with the products that its compute dtype promises."""
+
+    @wraps(traced)
+    def inside(*arguments: Any) -> Any:
+        with precision(facts.compute_dtype):
+            return traced(*arguments)
+
+    return inside
+
+
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Parameters by the rules, optimizer moments as their parameters, the rest replicated. `state` may be abstract."""
     opt_state = like_params(state.opt_state, state.params, mesh)
@@ -256,7 +267,7 @@ def make_step(
         after = state._replace(step=state.step + 1, params=params, opt_state=opt_state, **changed)
         return after, {"sums": sums, "grad_norm": norm, "finite": finite}
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(mesh)))
+    return jax.jit(_precise(facts, step), donate_argnums=0, out_shardings=(place, replicated(mesh)))
 
 
 def make_sync(mesh: Mesh, abstract: TrainState, mixup: float) -> Callable[[TrainState], TrainState]:
@@ -286,7 +297,7 @@ def make_evaluation(
         sums = _pairs(stats, batch)
         return pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options, _given(batch)), sums, routers
 
-    return jax.jit(evaluate, out_shardings=replicated(mesh))
+    return jax.jit(_precise(facts, evaluate), out_shardings=replicated(mesh))
 
 
 def make_reference_pass(facts: Facts, mesh: Mesh) -> Callable[[Frozen, Batch], tuple[jax.Array, jax.Array]]:
@@ -301,4 +312,4 @@ def make_reference_pass(facts: Facts, mesh: Mesh) -> Callable[[Frozen, Batch], t
         stats = _token_stats(facts, mesh, batch, hidden, unembedding(facts.reference, reference))
         return batch.index, _pairs(stats, batch).logp
 
-    return jax.jit(run, out_shardings=replicated(mesh))
+    return jax.jit(_precise(facts, run), out_shardings=replicated(mesh))

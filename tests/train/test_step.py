@@ -213,3 +213,16 @@ def test_dropout_follows_its_key() -> None:
 
     assert losses(0) == losses(0)
     assert losses(0) != losses(1)
+
+
+@pytest.mark.parametrize(("bf16", "whole"), [(False, True), (True, False)])
+def test_float32_is_float32_in_every_product(bf16: bool, whole: bool) -> None:
+    """Without that a TPU multiplies float32 in one pass of bfloat16, a GPU in TF32. The lowered text says what is asked for."""
+    engine = tiny.engine_on((1, 1, 1), bf16=bf16)
+    lowered = lower_step(
+        engine.facts, engine.options, engine.tx, engine.mesh, engine.feed.shape, micro_batches=1, max_grad_norm=1.0
+    )
+    products = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
+    asked = ["HIGHEST" in line for line in products]
+    assert len(products) > 20
+    assert all(asked) if whole else not all(asked)
