@@ -206,6 +206,25 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     )
 
 
+def _updated(
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    grads: Tree,
+    rate: jax.Array,
+    finite: jax.Array,
+    changed: dict[str, Any],
+) -> TrainState:
+    """The state after an optimizer step with what else it has `changed`; only counted, where the step is not finite."""
+
+    def new() -> tuple[Tree, Any, dict[str, Any]]:
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return jax.tree.map(lambda p, u: p - rate * u, state.params, updates), opt_state, changed
+
+    old = (state.params, state.opt_state, {name: getattr(state, name) for name in changed})
+    params, opt_state, changed = jax.lax.cond(finite, new, lambda: old)
+    return state._replace(step=state.step + 1, params=params, opt_state=opt_state, **changed)
+
+
 def make_step(
     facts: Facts,
     options: LossOptions,
@@ -256,15 +275,7 @@ def make_step(
         grads, sums = _accumulated(grad_fn, state.params, batch, count, place.params)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-
-        def updated() -> tuple[Tree, Any, dict[str, Any]]:
-            updates, opt_state = tx.update(clip(grads, norm, max_grad_norm), state.opt_state, state.params)
-            params = jax.tree.map(lambda p, u: p - knobs.learning_rate * u, state.params, updates)
-            return params, opt_state, changed
-
-        before = (state.params, state.opt_state, {name: getattr(state, name) for name in changed})
-        params, opt_state, changed = jax.lax.cond(finite, updated, lambda: before)
-        after = state._replace(step=state.step + 1, params=params, opt_state=opt_state, **changed)
+        after = _updated(tx, state, clip(grads, norm, max_grad_norm), knobs.learning_rate, finite, changed)
         return after, {"sums": sums, "grad_norm": norm, "finite": finite}
 
     return jax.jit(_precise(facts, step), donate_argnums=0, out_shardings=(place, replicated(mesh)))
