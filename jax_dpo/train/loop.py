@@ -104,9 +104,9 @@ class Loop:
         self.pending: _Pending | None = None
         self.last_read: float | None = None  # when the device was last seen to be done, if nothing but steps came after
         self.compiled: Any = None
-        self.done = self.pairs_done = (
-            0  # steps and pairs of this process's lifetime, those that were rolled back included
-        )
+        # Until a step counted: those that are skipped move nothing, and after a rollback to the start beta may be another.
+        self.untested = progress.losses[1] == 0
+        self.done = self.pairs_done = 0  # steps and pairs that this process trained on, those rolled back included
 
     def run(self, stop: StopRequest) -> TrainState:
         """Trains to the planned end.
@@ -202,7 +202,7 @@ class Loop:
             return
         self.progress.skipped = (self.progress.skipped[0], 0)
         self.progress.window.add(sums, batch.groups)
-        self.norm, self.rate = float(done.results["grad_norm"]), done.rate
+        self.progress.last = (float(done.results["grad_norm"]), done.rate)
         c["pairs"] += len(batch.pairs)
         self.done, self.pairs_done = self.done + 1, self.pairs_done + len(batch.pairs)
         c["trl_tokens"] += batch.trl_tokens
@@ -214,8 +214,9 @@ class Loop:
         metrics = one.metrics()
         total, steps = self.progress.losses
         self.progress.losses = (total + metrics["loss"], steps + 1)
-        if done.step == 1 and self.parts.check_start is not None:
+        if self.untested and self.parts.check_start is not None:
             self.parts.check_start(metrics)
+        self.untested = False
         speed = {"pairs_per_second": c["pairs"] / max(c["seconds"], 1e-9)}
         self.parts.display.progress(done.step, self.parts.plan.total, {**metrics, **speed})
 
@@ -233,6 +234,7 @@ class Loop:
             raise nonfinite.stopped(fault, rows)
         progress.skipped = (progress.skipped[0] + 1, progress.skipped[1] + 1)
         self._write("nonfinite", fault.record(rows, "skipped"))
+        self.last_read = None  # what it took to find the pairs is no step's time
         if progress.skipped[1] >= nonfinite.MOST_IN_A_ROW:
             raise nonfinite.too_many(fault, rows)
 
@@ -245,8 +247,8 @@ class Loop:
         seconds = max(c["seconds"], 1e-9)
         record = {
             **progress.window.metrics(),
-            "grad_norm": self.norm,
-            "learning_rate": self.rate,
+            "grad_norm": progress.last[0],
+            "learning_rate": progress.last[1],
             "beta": progress.window.beta if parts.options.beta_varies else controls.beta,
             "kl_coef": controls.kl_coef,
             "num_tokens": progress.num_tokens,

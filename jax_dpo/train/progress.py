@@ -33,6 +33,8 @@ class Progress:
     saved: list[int] = field(default_factory=list)
     losses: tuple[float, int] = (0.0, 0)
     """sum of the losses of all steps, and how many they are"""
+    last: tuple[float, float] = (0.0, 0.0)
+    """gradient norm and learning rate of the last step that was not skipped"""
     moved: bool = False
     """whether any step had a learning rate above 0"""
     skipped: tuple[int, int] = (0, 0)
@@ -52,6 +54,7 @@ class Progress:
             "good": self.good,
             "saved": self.saved,
             "losses": list(self.losses),
+            "last": list(self.last),
             "moved": self.moved,
             "skipped": list(self.skipped),
         }
@@ -72,6 +75,7 @@ class Progress:
             good=list(meta["good"]),
             saved=list(meta["saved"]),
             losses=(float(meta["losses"][0]), int(meta["losses"][1])),
+            last=(float(meta["last"][0]), float(meta["last"][1])),
             moved=meta["moved"],
             skipped=(int(meta["skipped"][0]), int(meta["skipped"][1])),
         )

@@ -104,6 +104,20 @@ def test_a_run_that_goes_on_after_a_skipped_step(options: dict[str, Any], tmp_pa
         np.testing.assert_array_equal(tiny.tensors(out / "final")[name], weight, err_msg=name)
 
 
+def test_a_window_that_a_skipped_step_ends_is_the_same_after_an_interruption(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Logged in twos: the record after step 2 is about step 1, which was before the interruption."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    skip = {**options, "nonfinite_steps": "skip", "logging_steps": 2}
+    assert tiny.jax_dpo("train", *tiny.flags(skip), "--output_dir", whole).code == 0
+    again = {**skip, "resume_from_checkpoint": whole / "checkpoint-1"}
+    ended = tiny.jax_dpo("train", *tiny.flags(again), "--output_dir", out)
+    assert ended.code == 0, ended.err
+    (record,), expected = tiny.records(out, "train"), tiny.records(whole, "train")
+    assert tiny.untimed([record]) == tiny.untimed(expected) and record["step"] == 2
+
+
 def test_ten_in_a_row_end_the_run(options: dict[str, Any], rows: list[dict[str, Any]], tmp_path: Path) -> None:
     sick = tiny.write_rows(tmp_path / "sick.jsonl", [rows[SICK[0] - 1]] * 8)
     many = {**options, "dataset_name": sick, "nonfinite_steps": "skip", "max_steps": 20, "save_strategy": "no"}
