@@ -189,11 +189,12 @@ def accuracy_text(record: Record | None) -> str:
 
 def nonfinite_text(record: Record) -> str:
     """What was not finite, where, and what was done."""
-    step, rows, what = fmt.whole(record.get("step")), record.get("rows"), record.get("what")
+    step, rows, what = record.get("step"), record.get("rows"), record.get("what")
     if what == "evaluation":
-        return f"step {step}: held-out pairs whose numbers are not finite, counted all the same: {rows}"
+        where = "" if step is None else f"step {fmt.whole(step)}: "
+        return f"{where}held-out pairs whose numbers are not finite, counted all the same: {rows}"
     made = f"the pairs that made it: {rows}" if what == "loss" else f"no pair is faulty by itself; its pairs: {rows}"
-    return f"step {step} skipped: its {what} is not finite ({made})"
+    return f"step {fmt.whole(step)} skipped: its {what} is not finite ({made})"
 
 
 def action_text(action: Record) -> str:

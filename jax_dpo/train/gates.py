@@ -214,7 +214,8 @@ def write_verdict(path: str | Path, verdict: Verdict) -> None:
 
 def _completed(completed: bool, facts: Facts) -> Gate:
     if completed:
-        return Gate("completed", PASSED, facts.done or None, facts.planned or None)
+        left_out = f"{facts.skipped} of {facts.done} steps were skipped: not finite" if facts.skipped else ""
+        return Gate("completed", PASSED, facts.done or None, facts.planned or None, left_out)
     reason = f"stopped at step {facts.done} of {facts.planned}" if facts.planned else "the run did not reach its end"
     advice = "Run the same command again with resume_from_checkpoint auto: it goes on from the last checkpoint."
     if facts.skipped:

@@ -83,7 +83,7 @@ class Parts:
     faulty_pairs: Callable[[str | None, np.ndarray, TrainState], np.ndarray]
     """of these positions in a set, those whose numbers are not finite by themselves"""
     row_names: Mapping[str | None, nonfinite.RowNames]
-    """of the training set ("train") and of each evaluation set, by its name"""
+    """of the training set (`nonfinite.TRAINING`) and of each evaluation set, by its name"""
 
 
 @dataclass
@@ -227,8 +227,8 @@ class Loop:
 
     def _not_finite(self, done: _Pending) -> None:
         """Ends the run, or leaves the step out: the state is that of before then."""
-        parts, progress, rows = self.parts, self.progress, self.parts.row_names["train"]
-        faulty = parts.faulty_pairs("train", np.sort(done.batch.pairs), self.state)
+        parts, progress, rows = self.parts, self.progress, self.parts.row_names[nonfinite.TRAINING]
+        faulty = parts.faulty_pairs(nonfinite.TRAINING, np.sort(done.batch.pairs), self.state)
         fault = nonfinite.of_step(done.step, faulty, done.batch.pairs)
         if not parts.skip_nonfinite:
             raise nonfinite.stopped(fault, rows)
@@ -287,9 +287,7 @@ class Loop:
 
     def _faulty_evaluation(self, held_out: EvalSet, pairs: np.ndarray) -> None:
         alone = self.parts.faulty_pairs(held_out.name, pairs, self.state)
-        fault = nonfinite.Fault(
-            self.progress.step, "evaluation", tuple(int(i) for i in (alone if len(alone) else pairs))
-        )
+        fault = nonfinite.of_evaluation(self.progress.step, alone, pairs)
         self._write("nonfinite", fault.record(self.parts.row_names[held_out.name], "counted"))
 
     def _tokens_so_far(self, held_out: EvalSet) -> dict[str, int]:

@@ -12,6 +12,7 @@ from jax_dpo.errors import UserError
 
 STOP, SKIP = "stop", "skip"
 MOST_IN_A_ROW = 10
+TRAINING = ""  # stands for the training set beside the names of evaluation sets, of which one may be "train"
 
 # Positions in a prepared data set -> the rows as people find them: "pairs.jsonl, rows 3 and 5".
 RowNames = Callable[[Sequence[int]], str]
@@ -25,7 +26,7 @@ class Fault:
     of the step, where every loss is finite and only the gradient is not.
     """
 
-    step: int
+    step: int | None
     what: str
     pairs: tuple[int, ...]
     alone: bool = True
@@ -40,6 +41,12 @@ def of_step(step: int, faulty: np.ndarray, pairs: np.ndarray) -> Fault:
     if len(faulty):
         return Fault(step, "loss", tuple(int(i) for i in np.sort(faulty)))
     return Fault(step, "gradient", tuple(int(i) for i in np.sort(pairs)), alone=False)
+
+
+def of_evaluation(step: int | None, faulty: np.ndarray, pairs: np.ndarray) -> Fault:
+    """The fault of an evaluation, after `step` or of no run (None), from the pairs that are faulty by themselves and all that had such
+    numbers."""
+    return Fault(step, "evaluation", tuple(int(i) for i in (faulty if len(faulty) else pairs)))
 
 
 def stopped(fault: Fault, rows: RowNames) -> UserError:

@@ -11,7 +11,7 @@ from jax_dpo.data.load import Rows, Stream, is_stream, list_splits, load_rows, o
 from jax_dpo.data.mixture import Source, load_mixture
 from jax_dpo.errors import OK, STOPPED, Stopped, UserError
 from jax_dpo.models.lora import LoraConfig
-from jax_dpo.report.terminal import Terminal
+from jax_dpo.report.terminal import Quiet, Terminal
 from jax_dpo.sharding.multihost import is_primary, leave
 
 
@@ -80,8 +80,6 @@ def run_training(script: ScriptArguments, config: DPOConfig) -> int:
     from jax_dpo.trainer.setup import prepare_jax
 
     notes = prepare_jax(config)
-    from jax_dpo.report.terminal import Quiet
-
     display = (
         Terminal(output_dir=config.output_dir, live=False if config.disable_tqdm else None) if is_primary() else Quiet()
     )
@@ -127,6 +125,7 @@ def run_evaluation(script: ScriptArguments, config: DPOConfig) -> int:
             f"{script.dataset_name} has no split {script.dataset_test_split}. Name the held-out pairs with --eval_dataset, "
             "or their split with --dataset_test_split.",
         )
+    display = Terminal(live=False) if is_primary() else Quiet()
     trainer = DPOTrainer(
         model=script.model_name_or_path,
         ref_model=script.ref_model_name_or_path,
@@ -134,8 +133,12 @@ def run_evaluation(script: ScriptArguments, config: DPOConfig) -> int:
         eval_dataset=held_out,
         processing_class=script.tokenizer_name_or_path,
         revision=script.model_revision,
+        display=display,
     )
-    found = trainer.evaluate()
+    try:
+        found = trainer.evaluate()
+    finally:
+        display.close()
     if is_primary():
         table = Table(title=f"{trainer.pairing.policy.title} against {trainer.pairing.sentence}")
         table.add_column("metric")

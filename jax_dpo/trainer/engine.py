@@ -44,6 +44,7 @@ from jax_dpo.trainer.models import (
 )
 
 SAMPLED_STEPS = 32  # steps whose packing decides the batch shape
+LOOKED_AT = 512  # pairs that are computed one by one to find those whose numbers are not finite
 COUNTED_PAIRS = 400_000  # up to so many pairs every step is packed ahead, to know the most micro-batches of any
 
 
@@ -296,7 +297,9 @@ class Engine:
 
     def faulty_pairs(self, data: PairSet, positions: np.ndarray, state: TrainState, frozen: Frozen) -> np.ndarray:
         """Those of the pairs whose numbers are not finite under the policy as it stands. Each is computed in a row of its own: what is not
-        finite spreads over the row that it lies in."""
+        finite spreads over the row that it lies in. Where they are very many, all of them: then it is no few that spread."""
+        if len(positions) > LOOKED_AT:
+            return positions
         c = self.config
         found: list[np.ndarray] = []
         knobs = Knobs(*(jnp.float32(x) for x in (0.0, c.beta, c.kl_coef)))
@@ -310,8 +313,7 @@ class Engine:
         feed = self.feed
         shape = feed.shape
         if data.sizes.tokens.max() > shape.row_tokens or data.sizes.scored.max() > shape.row_scored:
-            assert isinstance(data, PairSet)
-            feed = self.feed_of(data)
+            feed = self.feed_of(data.whole if isinstance(data, Some) else data)
         if alone:
             feed = replace(feed, shape=replace(feed.shape, row_pairs=1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -16,8 +17,11 @@ from jax_dpo.config import DPOConfig
 from jax_dpo.errors import UserError
 from jax_dpo.report.html import write_report
 from jax_dpo.report.records import Record, RunLog, log_history
+from jax_dpo.report.summary import nonfinite_text
+from jax_dpo.report.terminal import Quiet
 from jax_dpo.report.writers import Writers, open_writers
 from jax_dpo.sharding.mesh import row_shards
+from jax_dpo.train import nonfinite
 from jax_dpo.train.checkpoint import Checkpoints
 from jax_dpo.train.control import ControlState
 from jax_dpo.train.controllers import AdaptiveBeta, Controller, DualKLCoef, PIBeta
@@ -209,7 +213,7 @@ def assemble(
     config, engine, plan = run.args, run.engine, run.plan
     assert plan is not None and run.train_set is not None
     out = Path(config.output_dir)
-    named: dict[str | None, PairSet] = {**engine.eval_sets, "train": run.train_set}
+    named: dict[str | None, PairSet] = {**engine.eval_sets, nonfinite.TRAINING: run.train_set}
     eval_sets = tuple(engine.held_out(name, data) for name, data in engine.eval_sets.items())
     ranking = ranking_of(config, engine.eval_sets)
     writers = Writers(log, open_writers(config.report_to, out, config.run_name, config.project) if primary else ())
@@ -260,14 +264,21 @@ def assemble(
 def evaluation_metrics(
     run: Run, sets: Mapping[str | None, PairSet], state: TrainState, frozen: Frozen
 ) -> dict[str, float]:
-    """All sets at the configured beta."""
+    """All sets at the configured beta. Rows whose numbers are not finite are shown, or warned of where nothing is shown."""
     engine, config = run.engine, run.args
     knobs = Knobs(jnp.float32(0), jnp.float32(config.beta), jnp.float32(config.kl_coef))
     found: dict[str, float] = {}
     held = engine.against(state, frozen)
     for name, data in sets.items():
         held_out = engine.held_out(name, data)
-        found |= evaluate(engine.evaluator, held_out, state.params, held, knobs, engine.options)
+        faulty: list[np.ndarray] = []
+        found |= evaluate(engine.evaluator, held_out, state.params, held, knobs, engine.options, faulty.append)
+        for pairs in faulty:
+            fault = nonfinite.of_evaluation(None, engine.faulty_pairs(data, pairs, state, held), pairs)
+            record = {"kind": "nonfinite", **fault.record(data.data.row_names, "counted")}
+            run.display.write(record)
+            if isinstance(run.display, Quiet):
+                warnings.warn(nonfinite_text(record), stacklevel=3)
     return found
 
 

@@ -80,7 +80,7 @@ def test_a_skipped_step_leaves_nothing(
     assert record["step"] == 2 and record["what"] == "loss" and record["action"] == "skipped"
     assert record["rows"].endswith("pairs.jsonl, rows 10, 12")
     assert [r["step"] for r in tiny.records(out, "train")] == [1, 3]
-    assert "step 2 skipped" in ended.out
+    assert "step 2 skipped" in ended.out and "1 of 3 steps were skipped" in ended.out
     assert "step 2 skipped" in (out / "report.html").read_text(encoding="utf-8")
     rest = tiny.write_rows(tmp_path / "rest.jsonl", rows[:8] + rows[16:])
     plain = {**options, **more, "dataset_name": rest, "max_steps": 2}
@@ -148,3 +148,28 @@ def test_an_evaluation_names_its_rows(
     assert record["what"] == "evaluation" and record["rows"].endswith("pairs.jsonl, rows 10, 12")
     assert "held-out pairs whose numbers are not finite" in ended.out
     assert ended.code == 3, "a loss that is not finite does not pass for a good one"
+
+
+def test_evaluate_names_its_rows_too(options: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    """Of two sets, one of them called train, and of pairs that are longer than any row of the training."""
+    from jax_dpo import DPOConfig, DPOTrainer
+
+    sick, file = str(options["model_name_or_path"]), str(options["dataset_name"])
+    given = {"model_name_or_path": sick, "ref_model_name_or_path": model, "eval_dataset": file}
+    ended = tiny.jax_dpo("evaluate", *tiny.flags(given))
+    assert ended.code == 0, ended.err
+    assert "held-out pairs whose numbers are not finite" in ended.out and "pairs.jsonl, rows 10, 12" in ended.out
+    assert "nan" in ended.out
+
+    healthy = tiny.write_rows(tmp_path / "healthy.jsonl", tiny.text_rows(8, seed=7))
+    long = [{**row, "chosen": row["chosen"] + " water air sun" * 12} for row in tiny.text_rows(3, seed=7)]
+    long[1]["rejected"] += f" {WORD} water"
+    sets = {"train": str(tiny.write_rows(tmp_path / "long.jsonl", long)), "other": str(healthy)}
+    args = DPOConfig(str(tmp_path / "out"), bf16=False, max_steps=1, eval_strategy="steps", save_strategy="no")
+    trainer = DPOTrainer(sick, str(model), args, train_dataset=str(healthy), eval_dataset=sets)
+    trainer.train()
+    (record,) = [r for r in trainer.records if r["kind"] == "nonfinite"]
+    assert record["rows"].endswith("long.jsonl, row 2")
+    with pytest.warns(UserWarning, match=r"long\.jsonl, row 2"):
+        found = trainer.evaluate()
+    assert np.isnan(found["eval_train_loss"]) and np.isfinite(found["eval_other_loss"])

@@ -243,6 +243,8 @@ def test_steps_that_were_not_finite_are_the_advice_for_a_run_that_broke_off() ->
     found = gate(verdict(GOOD, completed=False, facts=Facts(12, 20, skipped=3)), "completed")
     assert found.reason == "stopped at step 12 of 20; 3 steps had a gradient that was not finite"
     assert "max_grad_norm" in found.advice
+    passed = gate(verdict(GOOD, facts=Facts(20, 20, skipped=3)), "completed")
+    assert (passed.status, passed.reason) == ("passed", "3 of 20 steps were skipped: not finite")
     assert "resume_from_checkpoint" in gate(verdict(GOOD, completed=False), "completed").advice
 
 
