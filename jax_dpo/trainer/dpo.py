@@ -279,7 +279,7 @@ class DPOTrainer(TrlSurface):
                     loop = Loop(parts, state, progress)
                     loop.run(stop)
                     self.exit_code = from_primary(conclude(self, loop, primary=primary))
-                    self._device_state = loop.state
+                    self._device_state, self.trained_tokens = loop.state, loop.progress.num_tokens
             except Stopped:
                 parts.report()
                 raise
@@ -307,6 +307,7 @@ class DPOTrainer(TrlSurface):
 
         self.already_finished, self._device_state = True, None
         self._show(read_records(out / "run.jsonl"))
+        self.trained_tokens = next((r["num_tokens"] for r in reversed(self.records) if "num_tokens" in r), 0)
         self.exit_code = int(outputs.read_json(out / "verdict.json").get("exit_code", OK))
         return self._output(self.state.global_step)
 
@@ -324,6 +325,8 @@ class DPOTrainer(TrlSurface):
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Metrics of the held-out pairs under the policy as it stands, every pair counted once.
 
+        After a training also its `epoch` and the tokens that it has seen (`eval_num_tokens`), as in TRL.
+
         Args:
           eval_dataset: another set than the trainer's own.
 
@@ -339,7 +342,8 @@ class DPOTrainer(TrlSurface):
             self.engine.eval_sets = sets
         self._load()
         with self._memory("evaluating"):
-            return evaluation_metrics(self, sets, self._device_state, self._frozen)
+            found = evaluation_metrics(self, sets, self._device_state, self._frozen)
+        return found if self.trained_tokens is None else {**found, "epoch": self.state.epoch}
 
     def save_model(self, output_dir: str | Path | None = None, dtype: str = "auto", *, merge: bool = False) -> None:
         """Writes the policy as it stands: a Hugging Face directory, or a PEFT adapter (with `merge` full weights).

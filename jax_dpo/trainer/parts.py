@@ -279,6 +279,8 @@ def evaluation_metrics(
             run.display.write(record)
             if isinstance(run.display, Quiet):
                 warnings.warn(nonfinite_text(record), stacklevel=3)
+        if run.trained_tokens is not None:
+            found[f"{held_out.prefix}num_tokens"] = run.trained_tokens
     return found
 
 

@@ -30,6 +30,8 @@ class Run:
     """training pairs whose precomputed log-probabilities an earlier run had made"""
     began: float
     """when the run began, unix seconds"""
+    trained_tokens: int | None = None
+    """tokens trained on, as TRL's num_tokens counts them; None before the training"""
 
     def named_sets(self) -> dict[str, PairSet]:
         """All data sets by the names under which reports show them."""

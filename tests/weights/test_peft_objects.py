@@ -1,5 +1,5 @@
 """PEFT models in memory. Oracle: the same base and adapter read from their files; the names are those of peft 0.21's state_dict
-(tests/parity/test_peft.py reads a real one)."""
+(tests/parity/test_peft_live.py reads a real one)."""
 
 from __future__ import annotations
 
