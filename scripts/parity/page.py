@@ -43,8 +43,9 @@ How to read the tables:
 REPLAY = """
 ## TRL's own recorded run
 
-TRL keeps one recorded run in its repository (`tests/invariant/references/dpo.json`): Qwen2.5-0.5B-Instruct on UltraFeedback, 50 steps of 8
-pairs in float32, loss and gradient norm of each step. Whoever has access to the Hub can replay it; it needs about 12 GB of memory:
+TRL keeps one recorded run in its repository (`huggingface/trl/tests/invariant/references/dpo.json`): Qwen2.5-0.5B-Instruct on
+UltraFeedback, 50 steps of 8 pairs in float32, loss and gradient norm of each step. Whoever has access to the Hub can replay it; it needs
+about 12 GB of memory:
 
     .venv-parity/bin/python scripts/parity/replay_trl.py
 
