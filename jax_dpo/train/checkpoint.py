@@ -218,6 +218,7 @@ class Checkpoints:
         """Delete the complete checkpoints of later steps, which a rollback abandons, newest first; returns the steps."""
         self.wait()
         later = [other for other in self.steps() if other > step]
+        raise_together(None)  # all have looked before one deletes
         error = None
         if self._primary:
             for other in reversed(later):
