@@ -161,6 +161,8 @@ class Engine:
     def check(self) -> None:
         """Raises UserError where model, adapter, options and mesh do not go together, before anything is read or written."""
         _ = self.facts, self.options
+        if self.train_set is not None and self.options.whole_groups and self.config.micro_batch_tokens is not None:
+            _ = self.feed  # which finds out whether there is room
 
     def frozen(self, state: TrainState) -> Any:
         """Reference and base; `state` is the fresh one."""

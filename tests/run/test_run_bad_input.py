@@ -94,6 +94,15 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     "adapter on no layer": (given(use_peft=True, lora_target_modules="nope_proj"), ["nope_proj", "q_proj"]),
     "no held-out pairs": (given(eval_strategy="steps"), ["eval_strategy", "eval_dataset"]),
     "mesh that does not fit": (given(mesh_tensor=3), ["mesh_tensor 3"]),
+    "no room for what a loss sorts": (
+        given(loss_type="aot", micro_batch_tokens=8),
+        ["micro_batch_tokens 8", "4 pairs"],
+    ),
+    "a column that is not there": (given(pair_columns="weight"), ["weight", "train.jsonl"]),
+    "a router's loss without a router": (given(router_aux_loss_coef=0.1), ["router_aux_loss_coef", "llama"]),
+    "an adapter whose reference moves": (given(use_peft=True, sync_ref_model=True), ["sync_ref_model"]),
+    "a penalty without a reference": (given(precompute_ref_log_probs=True, kl_coef=1.0), ["kl_coef"]),
+    "states of 8 bits": (given(optim="adamw_8bit"), ["adamw_8bit", "adafactor"]),
 }
 
 

@@ -611,9 +611,13 @@ def test_two_processes_share_one_checkpoint(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    for run in runs:
-        output, _ = run.communicate(timeout=100)
-        assert run.returncode == 0 and "fine" in output, output
+    try:
+        for run in runs:
+            output, _ = run.communicate(timeout=100)
+            assert run.returncode == 0 and "fine" in output, output
+    finally:
+        for run in runs:
+            run.kill()
     # One process of eight devices reads what two of four wrote.
     with Checkpoints(tmp_path / "out", save_total_limit=None) as checkpoints:
         found, _ = checkpoints.restore(4, {"w": jax.ShapeDtypeStruct((64,), jnp.float32)})
