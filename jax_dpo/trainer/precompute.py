@@ -10,16 +10,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jax_dpo.config.places import reference_cache
-from jax_dpo.data.batch import Tree
 from jax_dpo.data.loader import evaluation_batches
-from jax_dpo.data.pack import Sizes
 from jax_dpo.data.ref_logps import RefLogps
 from jax_dpo.errors import Stopped, UserError
 from jax_dpo.report.terminal import Display
@@ -27,7 +25,7 @@ from jax_dpo.sharding.multihost import array_from_primary, is_primary
 from jax_dpo.sharding.place import batch_to_devices
 from jax_dpo.train.agree import raise_together
 from jax_dpo.train.step import make_reference_pass
-from jax_dpo.trainer.datasets import PairSet
+from jax_dpo.trainer.datasets import PairSet, Some
 from jax_dpo.trainer.engine import Engine
 from jax_dpo.trainer.models import Pairing, reference_frozen
 
@@ -43,25 +41,6 @@ class Precomputed(NamedTuple):
     logps: np.ndarray
     found: int
     notes: list[str]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A range of a data set as a source of its own."""
-
-    whole: PairSet
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def tree(self, i: int) -> Tree:
-        return self.whole.tree(self.start + i)
-
-    @property
-    def sizes(self) -> Sizes:
-        return Sizes(*(x[self.start : self.stop] for x in self.whole.sizes))
 
 
 def weights_digest(leaves: Mapping[str, Any]) -> str:
@@ -164,7 +143,7 @@ def _compute(
     values, problem = np.array(values), None
     for start, stop in list(_missing(known, most)):
         display.busy(f"the reference's log-probabilities of pair {start + 1:,} of {n:,}")
-        part = _Part(data, start, stop)
+        part = Some(data, np.arange(start, stop))
         rows = np.zeros((stop - start, 2), np.float32)
         for made in evaluation_batches(part, part.sizes, replace(feed, router=False)):
             index, sums = run(frozen, batch_to_devices(made, engine.mesh, feed.rows, leading=0))
