@@ -33,8 +33,9 @@ $(stamp): pyproject.toml
 demo: $(stamp)
 	@$(python) scripts/demo/run.py $(DEMO_ARGS)
 
+# Two processes: most of the time goes into compiling, which takes one core. A file's tests stay together, they share what is dear.
 test: $(stamp)
-	$(python) -m pytest -m "not slow and not browser and not parity"
+	$(python) -m pytest -n 2 --dist loadfile -m "not slow and not browser and not parity"
 
 lint: $(stamp)
 	$(VENV)/bin/ruff check .

@@ -48,6 +48,7 @@ def assert_same_numbers(found: Path, expected: Path) -> None:
             np.testing.assert_allclose(value, weights[name], rtol=0, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(one: Path, two: tuple[Path, list[Ended]]) -> None:
     out, (first, second) = two
     assert (first.code, second.code) == (0, 0), first.err + second.err

@@ -109,6 +109,7 @@ def test_huge_scores_stay_finite() -> None:
     assert np.isfinite(np.asarray(out)).all()
 
 
+@pytest.mark.slow
 def test_no_square_buffer_is_kept_for_the_backward() -> None:
     """Between forward and backward the memory grows with T, not with its square."""
 

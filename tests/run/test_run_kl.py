@@ -115,6 +115,7 @@ def test_a_rollback_goes_on_from_the_checkpoint(evaluated: dict[str, Any], tmp_p
     )
 
 
+@pytest.mark.slow
 def test_a_rollback_to_the_start_may_begin_with_another_beta(evaluated: dict[str, Any], tmp_path: Path) -> None:
     """The loss of two equal models is 1 / (2 beta)^2 with ipo: once beta was raised, the start is not that of the configured one."""
     options = {**evaluated, **FAST, "loss_type": "ipo", "learning_rate": 1e-2, "max_steps": 2, "target_kl": 1e-3}

@@ -118,6 +118,7 @@ def test_a_window_that_a_skipped_step_ends_is_the_same_after_an_interruption(
     assert tiny.untimed([record]) == tiny.untimed(expected) and record["step"] == 2
 
 
+@pytest.mark.slow
 def test_ten_in_a_row_end_the_run(options: dict[str, Any], rows: list[dict[str, Any]], tmp_path: Path) -> None:
     sick = tiny.write_rows(tmp_path / "sick.jsonl", [rows[SICK[0] - 1]] * 8)
     many = {**options, "dataset_name": sick, "nonfinite_steps": "skip", "max_steps": 20, "save_strategy": "no"}

@@ -64,6 +64,9 @@ def test_merged_as_peft_merges(case: Path, tmp_path: Path) -> None:
     assert np.array_equal(adapted.base()(token_ids()), plain(token_ids()))
 
 
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in ("dora", "patterns") else pytest.mark.slow) for c in CASES], indirect=True
+)
 def test_four_steps_as_trl_trains_them(case: Path, tmp_path: Path) -> None:
     run = json.loads((case / "run.json").read_text())
     trainer = DPOTrainer(

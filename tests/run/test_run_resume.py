@@ -82,6 +82,7 @@ def test_sigterm_saves_and_the_same_command_finishes(options: list[str], unbroke
     assert_equal_to_the_bit(out, unbroken)
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_rollbacks_goes_on_with_the_changed_values(
     evaluated: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_run_killed_after_rollbacks_goes_on_with_the_changed_values(
     assert_equal_to_the_bit(out, whole)
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_after_a_resumption(usual: dict[str, Any], tmp_path: Path) -> None:
     """The random numbers of a step are a function of the seed and the step."""
     options = {**usual, "use_peft": True, "lora_dropout": 0.5, "learning_rate": 5e-2, "disable_dropout": False}

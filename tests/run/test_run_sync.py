@@ -169,6 +169,7 @@ def test_what_cannot_move_is_refused(usual: dict[str, Any], tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_small_share_is_not_lost_in_bfloat16() -> None:
     """The reference is kept in float32: in bfloat16 a thousandth of a step's change would round to nothing."""
     import jax

@@ -57,6 +57,7 @@ def test_a_short_step_is_a_mean_over_its_own_micro_batches(train: Any) -> None:
     assert logged(out, "epoch") == [pytest.approx(4 / 7), 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "norm"), [(3, 2.92679), pytest.param(1, 5.84111, marks=pytest.mark.slow)])
 def test_fewer_pairs_than_a_step_takes(train: Any, tmp_path: Path, rows: int, norm: float) -> None:
     file = tmp_path / "few.jsonl"
@@ -92,6 +93,7 @@ def test_a_short_micro_batch_weighs_as_much_as_a_full_one(train: Any) -> None:
     assert steps[0]["num_tokens"] * 2 == steps[1]["num_tokens"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_batch_size(train: Any, start: Path) -> None:
     """Four pairs a step, first in four micro-batches and then in one: TRL's numbers of a run that nothing happened to."""
     from jax_dpo import DPOConfig, DPOTrainer
@@ -117,6 +119,7 @@ def test_a_run_goes_on_with_another_batch_size(train: Any, start: Path) -> None:
     assert rows == [[27, 29, 35, 17], [19, 25, 6, 21]]
 
 
+@pytest.mark.slow
 def test_three_held_out_pairs_are_three(train: Any) -> None:
     """Eight places in an evaluation batch, three pairs: means over exactly three."""
     out = train(

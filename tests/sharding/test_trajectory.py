@@ -58,7 +58,9 @@ def test_one_device_starts_at_zero(lora: bool) -> None:
     check_start(on_one_device(lora))
 
 
-@pytest.mark.parametrize("mesh", tiny.MESHES)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(mesh, marks=[] if mesh == (2, 2, 2) else pytest.mark.slow) for mesh in tiny.MESHES]
+)
 def test_meshes_take_the_same_steps(mesh: tuple[int, int, int]) -> None:
     found = tiny.run(tiny.engine_on(mesh, adam_epsilon=EPSILON))
     check_start(found)
@@ -81,6 +83,7 @@ def test_meshes_take_the_same_steps_with_a_rich_adapter() -> None:
     check_same(tiny.run(tiny.engine_on((2, 2, 2), lora=tiny.RICH, adam_epsilon=EPSILON)), want)
 
 
+@pytest.mark.slow
 def test_sorted_losses_do_not_depend_on_rows_and_devices() -> None:
     """aot sorts within TRL's micro-batches of 4 pairs, wherever these lie: one at a time, several together, or spread over devices."""
     sorts = {"loss_type": ["aot", "aot_unpaired"], "micro_batch": 4, "adam_epsilon": EPSILON}
@@ -93,6 +96,7 @@ def test_sorted_losses_do_not_depend_on_rows_and_devices() -> None:
     assert abs(alone.losses[-1] - want.losses[-1]) > 1e-4, "other groups sort other pairs together"
 
 
+@pytest.mark.slow
 def test_what_the_data_say_of_pairs_goes_with_them() -> None:
     """All four columns, and a beta that follows the step: at once, and in several micro-batches over four row shards."""
     columns = ["beta", "margin", "label", "weight"]
@@ -105,6 +109,7 @@ def test_what_the_data_say_of_pairs_goes_with_them() -> None:
     assert apart.evaluation["eval_loss"] == pytest.approx(want.evaluation["eval_loss"], rel=2e-6)
 
 
+@pytest.mark.slow
 def test_meshes_move_the_reference_alike() -> None:
     """TR-DPO: the reference lies as the parameters do, and the steps after a move see the same one."""
     moving = {"sync_ref_model": True, "ref_model_sync_steps": 2, "adam_epsilon": EPSILON}
@@ -134,6 +139,7 @@ def test_meshes_take_the_same_steps_through_experts(mesh: tuple[int, int, int]) 
     check_same(found, mixtral_on_one_device())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_chunks", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_meshes_take_the_same_steps_where_logits_are_capped(in_chunks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 2, its vocabulary over two devices."""
@@ -228,6 +234,7 @@ def test_every_way_of_computing_starts_at_zero(mesh: tuple[int, int, int], optio
     check_start(tiny.run(tiny.engine_on(mesh, shape=tied, **options), steps=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_factored_optimizer_takes_the_same_steps(lora: bool) -> None:
     """Means over rows, columns and whole layers, each of which a mesh of eight has cut."""

@@ -94,10 +94,10 @@ def token_weights(batch: Batch, pairs: list[int], engine: Engine) -> tuple[np.nd
     ("name", "options"),
     [
         pytest.param("llama", {}, marks=pytest.mark.slow),
-        ("windows", {"gradient_checkpointing": False}),
+        pytest.param("windows", {"gradient_checkpointing": False}, marks=pytest.mark.slow),
         ("norms of q and k, tied", {}),
         ("gemma2", {}),
-        ("mixtral", {}),
+        pytest.param("mixtral", {}, marks=pytest.mark.slow),
         pytest.param("mixtral", {"gradient_checkpointing": False}, marks=pytest.mark.slow),
         pytest.param("windows", {"share_prompt": False}, marks=pytest.mark.slow),
     ],
