@@ -11,7 +11,8 @@ import pytest
 
 from jax_dpo.config import DPOConfig, ScriptArguments
 from jax_dpo.config.advice import ADVICE, PYTHON_ADVICE, VALUE_ADVICE
-from jax_dpo.config.rules import DROP_REASONS, KL_ACTIONS, LOSS_TYPES, PAIR_COLUMNS, SCHEDULERS
+from jax_dpo.config.kl_rules import KL_ACTIONS, KL_JUDGED_ON
+from jax_dpo.config.rules import DROP_REASONS, LOSS_TYPES, PAIR_COLUMNS, SCHEDULERS
 from jax_dpo.data import check, pairs
 from jax_dpo.data.batch import FIELD_OF
 from jax_dpo.errors import UserError
@@ -94,6 +95,13 @@ OWN_DEFAULTS: dict[str, Any] = {
     "kl_coef": 0.0,
     "kl_reduction": "token",
     "kl_actions": [],
+    "kl_judged_on": ["eval"],
+    "kl_window": 10,
+    "kl_patience": 1,
+    "kl_cooldown": 0,
+    "kl_most_actions": None,
+    "kl_trust_region": False,
+    "kl_probe_pairs": 16,
     "adaptive_beta": False,
     "adaptive_beta_rate": 0.1,
     "kl_controller": "none",
@@ -212,6 +220,10 @@ def test_the_configuration_is_a_frozen_dataclass_that_takes_output_dir_first() -
         ("loss_type", '["sigmoid", "sft"]', ["sigmoid", "sft"]),
         ("kl_actions", None, []),
         ("kl_actions", "rollback", ["rollback"]),
+        ("kl_judged_on", "train", ["train"]),
+        ("kl_patience", "2", 2),
+        ("kl_cooldown", '{"halve_lr": 20}', {"halve_lr": 20}),
+        ("kl_most_actions", "none", None),
         ("lr_scheduler_kwargs", None, None),
         ("run_name", 2024, "2024"),
         ("output_dir", Path("a") / "b", "a/b"),
@@ -293,6 +305,19 @@ def test_each_loss_is_taken(loss: str) -> None:
         ({"kl_actions": ["halve_rl", "rolback"]}, "did you mean rollback?"),
         ({"kl_actions": ["halve_rl"]}, "did you mean halve_lr?"),
         ({"kl_actions": ["rollback", "rollback"]}, "rollback more than once"),
+        ({"kl_judged_on": []}, "expected eval, train or both"),
+        (
+            {"kl_judged_on": ["train"], "precompute_ref_log_probs": True},
+            "no reference to measure the KL of train steps",
+        ),
+        ({"kl_patience": 0}, "found 0, expected a whole number of at least 1"),
+        ({"kl_cooldown": {"rolback": 3}}, 'found "rolback", which is no action'),
+        ({"kl_most_actions": {"rollback": 0}}, "found 0 for rollback"),
+        ({"kl_trust_region": True}, "its probe set is taken from held-out pairs"),
+        (
+            {"kl_trust_region": True, "eval_strategy": "steps", "precompute_ref_log_probs": True},
+            "set one of them to false",
+        ),
         ({"drop_rows": "everything"}, "invalid, empty, identical, torn, duplicate, small_gap"),
         ({"adaptive_beta_rate": 1.0}, "(0, 1)"),
         ({"target_kl": 0}, "above 0"),
@@ -392,6 +417,7 @@ def test_the_names_known_here_are_those_that_exist_below() -> None:
     }  # the last ones are of a whole micro-batch: the step adds them
     assert set(SCHEDULERS) == set(SCHEDULES)
     assert set(KL_ACTIONS) == set(control.KL_ACTIONS)
+    assert set(KL_JUDGED_ON) == set(control.JUDGED_ON)
     assert set(DROP_REASONS) == set(check.DROP_REASONS)
     assert PAIR_COLUMNS == pairs.PAIR_COLUMNS == tuple(FIELD_OF)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,8 @@ class Trajectory:
     evaluation: dict[str, float]
     weights: dict[str, np.ndarray]
     micro_batches: list[int]
+    accepted: list[tuple[float, float]] = field(default_factory=list)
+    """scale and KL of the probe set of every step, with a trust region"""
 
 
 def engine_on(
@@ -200,6 +202,9 @@ def run(engine: Engine, steps: int = 4) -> Trajectory:
     found = Trajectory([], [], [], {}, {}, [])
     held_out = engine.held_out(None, engine.eval_sets[None])
     held = engine.against(state, frozen)
+    if engine.config.kl_trust_region:
+        probe = engine.probe(engine.eval_sets[None], held)
+        frozen = frozen._replace(probe=probe._replace(limit=jnp.float32(engine.config.target_kl)))
     found.evaluation = evaluate(engine.evaluator, held_out, state.params, held, knobs_of(engine), engine.options)
     for k in range(steps):
         batch = engine.batch_at(engine.plan.after(k))
@@ -214,5 +219,7 @@ def run(engine: Engine, steps: int = 4) -> Trajectory:
         found.losses.append(found.sums[-1]["loss"])
         found.norms.append(float(results["grad_norm"]))
         found.micro_batches.append(batch.micro_batches)
+        if results["accepted"] is not None:
+            found.accepted.append((float(results["accepted"].scale), float(results["accepted"].kl)))
     found.weights = {path: np.asarray(x) for path, x in flatten(state.params).items()}
     return found

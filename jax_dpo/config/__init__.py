@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from jax_dpo.config.kl_rules import KL_ACTIONS
 from jax_dpo.config.options import DPOConfig
 from jax_dpo.config.parse import parse
-from jax_dpo.config.rules import DROP_REASONS, F_DIVERGENCES, KL_ACTIONS, LOSS_TYPES, OPTIMIZERS, SCHEDULERS
+from jax_dpo.config.rules import DROP_REASONS, F_DIVERGENCES, LOSS_TYPES, OPTIMIZERS, SCHEDULERS
 from jax_dpo.config.script import ScriptArguments
 
 __all__ = [

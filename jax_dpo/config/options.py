@@ -28,11 +28,10 @@ from jax_dpo.config.fields import (
     validated,
     within,
 )
+from jax_dpo.config.kl_rules import KL_ACTIONS, KL_CONTROLLERS, KL_JUDGED_ON
 from jax_dpo.config.rules import (
     DROP_REASONS,
     F_DIVERGENCES,
-    KL_ACTIONS,
-    KL_CONTROLLERS,
     LOSS_TYPES,
     PAIR_COLUMNS,
     problems_between,
@@ -233,13 +232,53 @@ class DPOConfig(TrainingOptions):
     )
     kl_actions: list[str] = option(
         [],
-        "What is done, in this order, when an evaluation's KL is over target_kl.",
+        "What is done, in this order, when the KL is over target_kl.",
         group="KL control",
         choices=KL_ACTIONS,
     )
+    kl_judged_on: list[str] = option(
+        ["eval"],
+        "Where kl_actions and kl_controller judge the KL: eval, every evaluation; train, the mean of each kl_window train steps; or both.",
+        group="KL control",
+        choices=KL_JUDGED_ON,
+    )
+    kl_window: int = option(
+        10,
+        "Train steps whose mean KL is judged, where kl_judged_on names train.",
+        group="KL control",
+        check=at_least(1),
+    )
+    kl_patience: int | dict[str, int] = option(
+        1,
+        "Judgements in a row over target_kl that it takes before an action: a number, or one for each action as JSON: "
+        '\'{"halve_lr": 1, "rollback": 3}\'.',
+        group="KL control",
+    )
+    kl_cooldown: int | dict[str, int] = option(
+        0,
+        "Steps after an action in which no other is taken, so that it can take effect: a number, or one for each action as JSON.",
+        group="KL control",
+    )
+    kl_most_actions: int | dict[str, int] | None = option(
+        None,
+        "How often each action may be taken: a number, or one for each action as JSON; unset, until it is at its end.",
+        group="KL control",
+    )
+    kl_trust_region: bool = option(
+        False,
+        "Know the KL of some held-out pairs before each update is accepted, and scale an update back that would bring it over the bound. "
+        "Costs one forward pass of the policy over these pairs a step.",
+        group="KL control",
+    )
+    kl_probe_pairs: int = option(
+        16,
+        "Held-out pairs that kl_trust_region measures at every step; they are spread over the lengths of all.",
+        group="KL control",
+        check=at_least(1),
+    )
     kl_controller: str = option(
         "none",
-        "What follows the KL at every evaluation: adaptive_beta (beta in fixed shares, aims at half of target_kl to target_kl), "
+        "What follows the KL wherever it is judged: adaptive_beta (beta in fixed shares, aims at half of target_kl to target_kl), "
         "pi_beta (proportional-integral on log beta) or dual_kl_coef (kl_coef as the multiplier of the constraint); the last two aim "
         "at 0.9 of target_kl and never go under the configured value.",
         group="KL control",

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from jax_dpo.config import kl_rules
 from jax_dpo.config.fields import Problem, nearest, show
 
 LOSS_TYPES = (
@@ -30,8 +32,6 @@ LOSS_TYPES = (
 )
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 PAIR_COLUMNS = ("beta", "margin", "label", "weight")
-KL_ACTIONS = ("halve_lr", "raise_beta", "rollback")
-KL_CONTROLLERS = ("none", "adaptive_beta", "pi_beta", "dual_kl_coef")
 DROP_REASONS = ("invalid", "empty", "identical", "torn", "duplicate", "small_gap")
 
 # Losses whose scores go through the f-divergence; the others take the plain log-ratios.
@@ -133,7 +133,7 @@ def _pair_columns(columns: list[str], losses: list[str], smoothing: float, sigmo
             return f"found {column}, which loss_type {', '.join(sorting)} does not take: it is no value of single pairs"
     if "label" in columns and sigmoid_too and smoothing > 0:
         return "found label beside sigmoid_label_smoothing: both say how sure the labels are; leave one of them out"
-    return _no_repeats(columns)
+    return kl_rules.no_repeats(columns)
 
 
 def _weighting(on: bool, losses: list[str]) -> str | None:
@@ -202,51 +202,6 @@ def _best_at_end(
     return None
 
 
-def _precomputed(on: bool, moves: bool, kl_coef: float, controller: str) -> str | None:
-    if not on:
-        return None
-    if moves:
-        return "found true beside sync_ref_model, whose reference moves while training; set one of them to false"
-    penalty = (
-        f"kl_coef {show(kl_coef)}"
-        if kl_coef > 0
-        else "kl_controller dual_kl_coef"
-        if controller == "dual_kl_coef"
-        else ""
-    )
-    if penalty:
-        return (
-            f"found true beside {penalty}: the penalty needs the reference's whole distribution in every step. Set kl_coef to 0 (the KL of "
-            "evaluations is exact all the same, and kl_actions, pi_beta and adaptive_beta act on it), or precompute_ref_log_probs to false"
-        )
-    return None
-
-
-def _no_repeats(values: list[str]) -> str | None:
-    twice = sorted({value for value in values if values.count(value) > 1})
-    return f"found {', '.join(twice)} more than once" if twice else None
-
-
-def _controller(adaptive: bool, controller: str) -> str | None:
-    if not adaptive or controller in ("none", "adaptive_beta"):
-        return None
-    return f"found true beside kl_controller {controller}; one of them controls, so leave adaptive_beta out"
-
-
-def _beta_turned_twice(controller: str, actions: list[str]) -> str | None:
-    if controller != "pi_beta" or "raise_beta" not in actions:
-        return None
-    return (
-        "found pi_beta beside kl_actions raise_beta; pi_beta sets beta anew at each evaluation, so leave raise_beta out"
-    )
-
-
-def _gains(gains: list[float]) -> str | None:
-    if len(gains) == 2 and min(gains) >= 0 and max(gains) > 0:
-        return None
-    return f"found {show(gains)}, expected two numbers of at least 0, such as [1.0, 0.3]"
-
-
 def _reporters(targets: str | list[str]) -> str | None:
     return "found none beside others" if isinstance(targets, list) and "none" in targets else None
 
@@ -287,11 +242,16 @@ _RULES = (
         ("load_best_model_at_end", "eval_strategy", "save_strategy", "eval_steps", "save_steps", "logging_steps"),
         _best_at_end,
     ),
-    Rule(("precompute_ref_log_probs", "sync_ref_model", "kl_coef", "kl_controller"), _precomputed),
-    Rule(("kl_actions",), _no_repeats),
-    Rule(("adaptive_beta", "kl_controller"), _controller),
-    Rule(("kl_controller", "kl_actions"), _beta_turned_twice),
-    Rule(("pi_beta_gains",), _gains),
+    Rule(("precompute_ref_log_probs", "sync_ref_model", "kl_coef", "kl_controller"), kl_rules.precomputed),
+    Rule(("kl_actions",), kl_rules.no_repeats),
+    Rule(("kl_judged_on", "precompute_ref_log_probs"), kl_rules.judged_on),
+    Rule(("kl_patience",), partial(kl_rules.per_action, least=1)),
+    Rule(("kl_cooldown",), partial(kl_rules.per_action, least=0)),
+    Rule(("kl_most_actions",), partial(kl_rules.per_action, least=1)),
+    Rule(("kl_trust_region", "eval_strategy", "precompute_ref_log_probs"), kl_rules.trust_region),
+    Rule(("adaptive_beta", "kl_controller"), kl_rules.controller),
+    Rule(("kl_controller", "kl_actions"), kl_rules.beta_turned_twice),
+    Rule(("pi_beta_gains",), kl_rules.gains),
     Rule(("mesh_fsdp", "mesh_data", "mesh_tensor"), lambda fsdp, data, tensor: _mesh(data, fsdp, tensor)),
     Rule(("coordinator_address", "num_processes", "process_id"), _processes),
     Rule(("report_to",), _reporters),
@@ -397,13 +357,7 @@ def _without_effect(values: Mapping[str, Any]) -> list[str]:
         )
     if (values["optim_args"] or {}).get("dampening") and not values["optim_args"].get("momentum"):
         found.append("optim_args dampening has no effect without momentum, as in torch")
-    if values["eval_strategy"] == "no":
-        acting = [name for name in ("kl_actions", "adaptive_beta") if values[name]]
-        acting += ["kl_controller"] * (values["kl_controller"] != "none")
-        if acting:
-            found.append(
-                f"{' and '.join(acting)} can do nothing: the KL is judged at evaluations, and eval_strategy is no"
-            )
+    found += kl_rules.without_effect(values)
     if values["max_length"] and values["max_prompt_length"] and values["max_prompt_length"] >= values["max_length"]:
         found.append(
             f"max_prompt_length {values['max_prompt_length']} is not below max_length {values['max_length']}: "

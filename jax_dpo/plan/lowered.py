@@ -53,13 +53,14 @@ def abstract_state(
     *,
     moving_reference: bool = False,
     dynamic_beta: bool = False,
+    trust_region: bool = False,
 ) -> TrainState:
     """Shapes and shardings of the whole train state; a reference that moves is a second copy of the parameters in it."""
     step = jax.ShapeDtypeStruct((), np.int32)
-    threshold = {"threshold": jax.ShapeDtypeStruct((), np.float32)} if dynamic_beta else {}
-    state = TrainState(
-        step, params, jax.eval_shape(tx.init, params), params if moving_reference else {}, beta_threshold=threshold
-    )
+    scalar = jax.ShapeDtypeStruct((), np.float32)
+    threshold, probe_kl = {"threshold": scalar} if dynamic_beta else {}, {"kl": scalar} if trust_region else {}
+    moving = params if moving_reference else {}
+    state = TrainState(step, params, jax.eval_shape(tx.init, params), moving, threshold, probe_kl)
     return jax.tree.map(_laid, state, state_shardings(state, mesh))
 
 

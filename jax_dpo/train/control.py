@@ -1,9 +1,13 @@
-"""KL control: what is done when an evaluation's KL is over its bound. Pure: (state, KL) -> (state, actions).
+"""KL control: what is done when the KL is over its bound. Pure: (state, KL) -> (state, actions).
 
-The loop carries the actions out. How the plain form is read here:
+The loop carries the actions out. The KL is judged at evaluations, on the mean of the last train steps, or on both. How the
+rules are read here:
 
-- Each evaluation whose KL is over `target_kl` takes one action, the next of `kl_actions` in the order given; after the
-  last it begins again with the first. An evaluation within the bound takes none, and does not start the order anew.
+- Each judgement over `target_kl` takes one action, the next of `kl_actions` in the order given; after the last it begins
+  again with the first. A judgement within the bound takes none, and does not start the order anew.
+- An action waits for as many judgements in a row over the bound as its patience says (1: none to wait for). After it there
+  is quiet for the steps of its cool-down: judgements in that time count for nothing. An action that was taken as often as
+  it may be is passed over.
 - `halve_lr` multiplies the learning rate by 0.5, down to 1/1024 of the configured one. `raise_beta` multiplies beta by
   1.5, up to 10 times the configured one. An action at its end is passed over.
 - `rollback` goes back to the last checkpoint that held the bound, or to the start. The values in force now stay in
@@ -13,25 +17,67 @@ The loop carries the actions out. How the plain form is read here:
   at most (a start that is over the bound itself would be gone back to for ever); after that the rollback is replaced by
   halving the learning rate.
 - A KL that is not finite means parameters that no learning rate mends: it goes straight to `rollback` where that is in
-  `kl_actions`.
-- A controller (`controllers.py`) comes first and acts at every evaluation whose KL is finite.
+  `kl_actions`, without patience or quiet.
+- A controller (`controllers.py`) comes first and acts at every judgement whose KL is finite.
 - Before step 1 nothing has been trained, so nothing is done.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from jax_dpo.train.controllers import BETA_RANGE, Controller, Setting
 
 KL_ACTIONS = ("halve_lr", "raise_beta", "rollback")
+EVAL, TRAIN = JUDGED_ON = ("eval", "train")
 HALVE = 0.5
 RAISE = 1.5
 LEAST_LEARNING_RATE_SCALE = 1 / 1024
 ROLLBACKS_TO_ONE_STEP = 3
+
+
+@dataclass(frozen=True)
+class KLControl:
+    """How the KL is held.
+
+    Attributes:
+        target_kl: the bound, nats per token.
+        actions: names out of `KL_ACTIONS`, in the order in which they are taken.
+        controller: follows the KL at every judgement; None for none.
+        judged_on: "eval" (every evaluation), "train" (the mean of each `window` train steps), or both.
+        window: train steps of one judgement.
+        patience: {action: judgements in a row over the bound that it takes}; 1 where it is not named.
+        cooldown: {action: steps after it in which nothing is done}; 0 where it is not named.
+        most: {action: how often it may be taken}; without end where it is not named.
+
+    Raises:
+        ValueError: a name that is not in `KL_ACTIONS` or `JUDGED_ON`.
+    """
+
+    target_kl: float
+    actions: tuple[str, ...] = ()
+    controller: Controller | None = None
+    judged_on: tuple[str, ...] = (EVAL,)
+    window: int = 10
+    patience: Mapping[str, int] = field(default_factory=dict)
+    cooldown: Mapping[str, int] = field(default_factory=dict)
+    most: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for option, names, known in (
+            ("kl_actions", (*self.actions, *self.patience, *self.cooldown, *self.most), KL_ACTIONS),
+            ("kl_judged_on", self.judged_on, JUDGED_ON),
+        ):
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                raise ValueError(f"{option}: unknown {unknown}; known are {', '.join(known)}")
+
+    def judges_train_at(self, step: int) -> bool:
+        """Whether a window of train steps ends with this one."""
+        return TRAIN in self.judged_on and step % self.window == 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +104,7 @@ class Action:
     option: str
     old: float
     new: float
+    judged_on: str = EVAL
 
     def record(self) -> dict[str, Any]:
         """The fields of a `kl_action` record, beside `kind`, `step` and `time`. A KL that is not finite is null."""
@@ -78,6 +125,8 @@ class ControlState:
         changed_at: the step, on the path that leads to the present, from which on the last change is in force.
         rollback_step, rollbacks: the step last gone back to, and how often in a row.
         memory: what the controller remembers.
+        over: judgements in a row over the bound since the last action.
+        quiet_until: the first step whose judgement may lead to an action again.
     """
 
     controls: Controls
@@ -90,6 +139,8 @@ class ControlState:
     rollbacks: int = 0
     kl_coef: float = 0.0
     memory: float = 0.0
+    over: int = 0
+    quiet_until: int = 0
 
     @classmethod
     def start(cls, *, learning_rate: float, beta: float, kl_coef: float) -> ControlState:
@@ -107,51 +158,42 @@ class ControlState:
 
 
 def react(
-    state: ControlState,
-    *,
-    kl: float,
-    target_kl: float,
-    kl_actions: Sequence[str],
-    controller: Controller | None = None,
-    step: int,
-    good_step: int = 0,
+    state: ControlState, rules: KLControl, *, kl: float, step: int, good_step: int = 0, judged_on: str = EVAL
 ) -> tuple[ControlState, list[Action]]:
-    """What an evaluation's KL leads to.
+    """What a judgement of the KL leads to.
 
     Args:
-        kl: nats per token of the evaluation at `step`.
-        kl_actions: names out of `KL_ACTIONS`.
-        controller: follows the KL at every evaluation; None for none.
+        kl: nats per token, of the evaluation at `step` or of the window of train steps that ends there.
         good_step: the step of the newest checkpoint whose KL held the bound; 0 is the start.
+        judged_on: which of the two it is.
 
     Returns:
         The state from now on, and the actions to carry out, in order. A rollback is always the last.
-
-    Raises:
-        ValueError: a name that is not in `KL_ACTIONS`.
     """
-    unknown = [name for name in kl_actions if name not in KL_ACTIONS]
-    if unknown:
-        raise ValueError(f"kl_actions: unknown {unknown}; known are {', '.join(KL_ACTIONS)}")
     if step <= 0:
         return state, []
-    turn = _Turn(state, kl, target_kl, step, good_step)
-    if controller is not None and math.isfinite(kl):
-        turn.follow(controller)
-    over = not kl <= target_kl  # so that NaN is over
-    if over and kl_actions:
-        turn.take_next(list(kl_actions))
+    turn = _Turn(state, rules, kl, step, good_step, judged_on)
+    if rules.controller is not None and math.isfinite(kl):
+        turn.follow(rules.controller)
+    if rules.actions:
+        turn.judge()
     return turn.state, turn.actions
 
 
 class _Turn:
-    """One evaluation's worth of decisions, gathered into a new state and a list of actions."""
+    """One judgement's worth of decisions, gathered into a new state and a list of actions."""
 
-    def __init__(self, state: ControlState, kl: float, target_kl: float, step: int, good_step: int) -> None:
-        self.state = state
+    def __init__(
+        self, state: ControlState, rules: KLControl, kl: float, step: int, good_step: int, judged_on: str
+    ) -> None:
+        self.state, self.rules = state, rules
         self.actions: list[Action] = []
-        self.kl, self.target_kl, self.step, self.good_step = kl, target_kl, step, good_step
-        self.over = f"KL {kl:.4g} at step {step} is over target_kl {target_kl:g}"
+        self.kl, self.target_kl, self.step, self.good_step = kl, rules.target_kl, step, good_step
+        self.judged_on = judged_on
+        self.seen = f"KL {kl:.4g} at step {step}"
+        if judged_on == TRAIN:
+            self.seen = f"mean KL {kl:.4g} of the train steps {max(step - rules.window, 0) + 1} to {step}"
+        self.over = f"{self.seen} is over target_kl {self.target_kl:g}"
 
     def follow(self, controller: Controller) -> None:
         state, option = self.state, controller.option
@@ -161,20 +203,35 @@ class _Turn:
         if new.value == old:
             return
         where = "over" if self.kl > self.target_kl else "below half of" if self.kl < self.target_kl / 2 else "within"
-        reason = f"KL {self.kl:.4g} at step {self.step} is {where} target_kl {self.target_kl:g}"
+        reason = f"{self.seen} is {where} target_kl {self.target_kl:g}"
         self._set(replace(state.controls, **{option: new.value}))
         self._note(controller.kind, f"{reason}: {option} from {old:.4g} to {new.value:.4g}", option, old, new.value)
 
-    def take_next(self, names: list[str]) -> None:
-        take = {"halve_lr": self._halve_lr, "raise_beta": self._raise_beta, "rollback": self._rollback}
-        first = self.state.turn % len(names)
-        order = [(first + offset) % len(names) for offset in range(len(names))]
-        if not math.isfinite(self.kl):
+    def judge(self) -> None:
+        state, finite = self.state, math.isfinite(self.kl)
+        if self.kl <= self.target_kl or (finite and self.step < state.quiet_until):
+            self.state = replace(state, over=0)
+            return
+        self.state = replace(state, over=state.over + 1)
+        names = self.rules.actions
+        order = [(state.turn + offset) % len(names) for offset in range(len(names))]
+        if not finite:
             order.sort(key=lambda index: names[index] != "rollback")
         for index in order:
-            if take[names[index]]():
-                self.state = replace(self.state, turn=(index + 1) % len(names))
+            name = names[index]
+            if self.state.counts.get(name, 0) >= self.rules.most.get(name, math.inf):
+                continue
+            if finite and self.state.over < self.rules.patience.get(name, 1):
                 return
+            if self._take(name):
+                at = self.good_step if self.actions[-1].kind == "rollback" else self.step
+                quiet = at + self.rules.cooldown.get(name, 0)
+                self.state = replace(self.state, turn=(index + 1) % len(names), over=0, quiet_until=quiet)
+                return
+
+    def _take(self, name: str) -> bool:
+        """Takes an action; False where it is at its end."""
+        return {"halve_lr": self._halve_lr, "raise_beta": self._raise_beta, "rollback": self._rollback}[name]()
 
     def _halve_lr(self, because: str = "") -> bool:
         controls = self.state.controls
@@ -223,4 +280,4 @@ class _Turn:
     def _note(self, kind: str, reason: str, option: str, old: float, new: float) -> None:
         counts = {**self.state.counts, kind: self.state.counts.get(kind, 0) + 1}
         self.state = replace(self.state, counts=counts)
-        self.actions.append(Action(kind, reason, self.kl, self.target_kl, option, old, new))
+        self.actions.append(Action(kind, reason, self.kl, self.target_kl, option, old, new, self.judged_on))

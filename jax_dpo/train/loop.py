@@ -27,8 +27,7 @@ from jax_dpo.report.terminal import Display
 from jax_dpo.report.writers import Writers
 from jax_dpo.train import nonfinite
 from jax_dpo.train.checkpoint import Checkpoints
-from jax_dpo.train.control import react
-from jax_dpo.train.controllers import Controller
+from jax_dpo.train.control import EVAL, TRAIN, KLControl, react
 from jax_dpo.train.evaluate import EvalSet, Evaluator, evaluate
 from jax_dpo.train.gates import Ranking
 from jax_dpo.train.metrics import Window
@@ -37,17 +36,9 @@ from jax_dpo.train.progress import COUNTED, Progress
 from jax_dpo.train.schedule import Schedule
 from jax_dpo.train.signals import StopRequest
 from jax_dpo.train.state import Frozen, Knobs, TrainState
+from jax_dpo.train.trust_region import limit_of, ratio_of
 
 Step = Callable[..., tuple[TrainState, dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class KLControl:
-    """How the KL is held; see `control.react`."""
-
-    target_kl: float
-    actions: tuple[str, ...]
-    controller: Controller | None = None
 
 
 @dataclass(frozen=True)
@@ -132,11 +123,13 @@ class Loop:
                 self._take_step(batch, arrays)
                 step = self.progress.step
                 stopping = stop.asked() and step < plan.total
-                if plan.logs_at(step) or plan.evaluates_at(step) or plan.saves_at(step) or stopping:
+                judging = self.parts.control.judges_train_at(step)
+                if plan.logs_at(step) or judging or plan.evaluates_at(step) or plan.saves_at(step) or stopping:
                     self._drain()
                 if plan.logs_at(step):
                     self._log()
-                rolled_back = plan.evaluates_at(step) and self._evaluate()
+                    self._compare_probe()
+                rolled_back = (judging and self._judge_train()) or (plan.evaluates_at(step) and self._evaluate())
                 if rolled_back:
                     return
                 if plan.saves_at(step) or stopping:
@@ -156,6 +149,14 @@ class Loop:
         controls = self.progress.control.controls
         return Knobs(jnp.float32(rate), jnp.float32(controls.beta), jnp.float32(controls.kl_coef))
 
+    def _frozen(self) -> Frozen:
+        """What stays, with the limit of the trust region as it is now."""
+        frozen = self.parts.frozen
+        if frozen.probe is None:
+            return frozen
+        limit = limit_of(self.parts.control.target_kl, self.progress.probe_ratio)
+        return frozen._replace(probe=frozen.probe._replace(limit=jnp.float32(limit)))
+
     def _judging_knobs(self) -> Knobs:
         """Evaluations are made at the configured values, so that they can be compared: raising beta must not raise a score."""
         control = self.progress.control
@@ -167,7 +168,7 @@ class Loop:
         scale = progress.control.controls.learning_rate_scale
         rate = parts.learning_rate * parts.schedule(progress.step) * scale
         key = jax.random.fold_in(parts.key, progress.step)
-        args = (self.state, parts.frozen, arrays, jnp.int32(batch.micro_batches), self._knobs(rate), key)
+        args = (self.state, self._frozen(), arrays, jnp.int32(batch.micro_batches), self._knobs(rate), key)
         if self.compiled is None:
             self.compiled = self._compile(args)
         began = time.perf_counter()
@@ -202,12 +203,17 @@ class Loop:
             return
         self.progress.skipped = (self.progress.skipped[0], 0)
         self.progress.window.add(sums, batch.groups)
+        self.progress.add_kl(float(sums.kl_chosen) + float(sums.kl_rejected), float(sums.kl_tokens))
         self.progress.last = (float(done.results["grad_norm"]), done.rate)
         c["pairs"] += len(batch.pairs)
         self.done, self.pairs_done = self.done + 1, self.pairs_done + len(batch.pairs)
         c["trl_tokens"] += batch.trl_tokens
         c["flops"] += self.parts.flops(batch)
         c["fill"] += batch.fill
+        if done.results["accepted"] is not None:
+            accepted = jax.device_get(done.results["accepted"])
+            self.progress.probe_kl = float(accepted.kl)
+            c["scale"] += float(accepted.scale)
         c["steps"] += 1
         one = Window()
         one.add(sums, batch.groups)
@@ -257,6 +263,10 @@ class Loop:
             "row_fill": c["fill"] / max(c["steps"], 1),
             "step_time": seconds / max(c["steps"], 1),
         }
+        if parts.frozen.probe is not None:
+            record["trust_region/scale"] = c["scale"] / max(c["steps"], 1)
+            record["trust_region/kl"] = progress.probe_kl
+            record["trust_region/limit"] = limit_of(parts.control.target_kl, progress.probe_ratio)
         if parts.peak_flops:
             record["mfu"] = c["flops"] / seconds / parts.peak_flops
         self._write("train", record)
@@ -302,25 +312,55 @@ class Loop:
             prefix = parts.eval_sets[0].prefix
             parts.check_start({k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)})
         progress.scores[progress.step] = parts.ranking.score({**found, "beta": progress.control.beta})
-        which = parts.ranking.set or parts.eval_sets[0].name
-        kl = found[f"eval_{which}_kl_divergence" if which else "eval_kl_divergence"]
+        kl = found[f"{self._judge.prefix}kl_divergence"]
+        self._hold_against(kl)
         if kl <= parts.control.target_kl:
             progress.good.append(progress.step)
-        rolled_back = self._control(kl)
+        rolled_back = EVAL in parts.control.judged_on and self._control(kl, EVAL)
         parts.report()
         return rolled_back
 
-    def _control(self, kl: float) -> bool:
-        progress, c = self.progress, self.parts.control
+    @property
+    def _judge(self) -> EvalSet:
+        """The evaluation set that ranks and judges."""
+        sets, which = self.parts.eval_sets, self.parts.ranking.set
+        return next((held_out for held_out in sets if held_out.name == which), sets[0])
+
+    def _hold_against(self, kl: float) -> None:
+        """What the evaluation set's KL says of the probe set's."""
+        if self.parts.frozen.probe is not None:
+            ratio = ratio_of(kl, self.progress.probe_kl, self.parts.control.target_kl)
+            self.progress.probe_ratio = self.progress.probe_ratio if ratio is None else ratio
+
+    def _compare_probe(self) -> None:
+        """Held-out KL between evaluations, once: as soon as the probe set's is high enough to be compared. Until then the trust region is
+        narrower than it need be."""
+        parts, progress = self.parts, self.progress
+        limit = limit_of(parts.control.target_kl, None)
+        known = parts.frozen.probe is None or progress.probe_ratio is not None
+        if known or progress.probe_kl < limit / 2 or parts.plan.evaluates_at(progress.step):
+            return
+        self.last_read, held_out = None, self._judge
+        parts.display.busy("comparing the probe set with the held-out pairs")
+        against = (self.state.params, parts.against(self.state), self._judging_knobs(), parts.options)
+        self._hold_against(evaluate(parts.evaluator, held_out, *against)[f"{held_out.prefix}kl_divergence"])
+
+    def _judge_train(self) -> bool:
+        """Judges the train steps since the last time; True if the run was rolled back. An evaluation at the same step knows better."""
+        parts, progress = self.parts, self.progress
+        kl = progress.take_kl()
+        if kl is None:  # all of them were skipped
+            return False
+        progress.within = kl <= parts.control.target_kl
+        if EVAL in parts.control.judged_on and parts.plan.evaluates_at(progress.step):
+            return False
+        return self._control(kl, TRAIN)
+
+    def _control(self, kl: float, judged_on: str) -> bool:
+        progress = self.progress
         good_step = max((s for s in progress.saved if s in progress.good), default=0)
         progress.control, actions = react(
-            progress.control,
-            kl=kl,
-            target_kl=c.target_kl,
-            kl_actions=c.actions,
-            controller=c.controller,
-            step=progress.step,
-            good_step=good_step,
+            progress.control, self.parts.control, kl=kl, step=progress.step, good_step=good_step, judged_on=judged_on
         )
         for action in actions:
             self._write("kl_action", action.record())
@@ -331,19 +371,20 @@ class Loop:
 
     def _roll_back(self, to: int) -> None:
         """Back to a checkpoint, or to the start, with the controls as they are now. What came after it is given up first."""
-        parts, control = self.parts, self.progress.control
+        parts, control, ratio = self.parts, self.progress.control, self.progress.probe_ratio
         parts.checkpoints.wait()
         parts.checkpoints.delete_after(to)
         parts.writers.log.truncate_after(to)
         if to == 0:
             self.state = parts.fresh_state()
             scores = {0: self.progress.scores[0]} if 0 in self.progress.scores else {}
-            self.progress = Progress(control, scores=scores, good=[s for s in self.progress.good if s == 0])
+            good = [s for s in self.progress.good if s == 0]
+            self.progress = Progress(control, scores=scores, good=good, probe_ratio=ratio)
         else:
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
             self.state, meta = parts.checkpoints.restore(to, abstract)
             self.progress = Progress.from_meta(meta)
-            self.progress.control = control
+            self.progress.control, self.progress.probe_ratio = control, ratio
             self.progress.keep_saved(parts.checkpoints.steps())
             # Saved again: a run that is killed now must go on with the changed values.
             self._write_checkpoint(to)
@@ -366,6 +407,8 @@ class Loop:
         if step in progress.saved:
             return
         progress.saved.append(step)
+        if step not in progress.scores and TRAIN in parts.control.judged_on and progress.within:
+            progress.good.append(step)
         parts.display.busy("saving")
         self._write_checkpoint(step)
         best = progress.best_saved(parts.ranking)

@@ -13,7 +13,7 @@ from jax_dpo.train.gates import Ranking
 from jax_dpo.train.metrics import Window
 
 # What is added up between two log lines beside the metrics; `seconds` are those of steps, without evaluations and saves.
-COUNTED = ("pairs", "trl_tokens", "flops", "fill", "steps", "seconds")
+COUNTED = ("pairs", "trl_tokens", "flops", "fill", "steps", "seconds", "scale")
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Progress:
     scores: dict[int, float] = field(default_factory=dict)
     """score of every evaluation so far, by step"""
     good: list[int] = field(default_factory=list)
-    """steps whose evaluation held the KL bound"""
+    """steps whose evaluation held the KL bound, or, where there was none, whose last window of train steps did"""
     saved: list[int] = field(default_factory=list)
     losses: tuple[float, int] = (0.0, 0)
     """sum of the losses of all steps, and how many they are"""
@@ -39,6 +39,23 @@ class Progress:
     """whether any step had a learning rate above 0"""
     skipped: tuple[int, int] = (0, 0)
     """steps left out because they were not finite: in all, and in a row up to now"""
+    kl: tuple[float, float] = (0.0, 0.0)
+    """sum of the token KLs of the train steps since they were last judged, and how many tokens they are"""
+    within: bool = False
+    """whether the train steps held the bound when they were last judged"""
+    probe_kl: float = 0.0
+    """KL of the trust region's probe set after the last step"""
+    probe_ratio: float | None = None
+    """the evaluation set's KL over the probe set's when both were last seen"""
+
+    def add_kl(self, total: float, tokens: float) -> None:
+        """One more step to judge."""
+        self.kl = (self.kl[0] + total, self.kl[1] + tokens)
+
+    def take_kl(self) -> float | None:
+        """Mean token KL of the steps since the last call, and a new beginning; None where there were none."""
+        (total, tokens), self.kl = self.kl, (0.0, 0.0)
+        return total / tokens if tokens else None
 
     def meta(self) -> dict[str, Any]:
         """Plain data for JSON; floats survive it to the bit."""
@@ -57,6 +74,9 @@ class Progress:
             "last": list(self.last),
             "moved": self.moved,
             "skipped": list(self.skipped),
+            "kl": list(self.kl),
+            "within": self.within,
+            "probe": [self.probe_kl, self.probe_ratio],
         }
 
     @classmethod
@@ -78,6 +98,10 @@ class Progress:
             last=(float(meta["last"][0]), float(meta["last"][1])),
             moved=meta["moved"],
             skipped=(int(meta["skipped"][0]), int(meta["skipped"][1])),
+            kl=(float(meta["kl"][0]), float(meta["kl"][1])),
+            within=meta["within"],
+            probe_kl=float(meta["probe"][0]),
+            probe_ratio=meta["probe"][1],
         )
 
     @property

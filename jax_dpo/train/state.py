@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jax_dpo.arrays import Tree
+from jax_dpo.data.batch import Batch
 from jax_dpo.models.config import ModelConfig
 
 
@@ -16,7 +17,8 @@ class TrainState(NamedTuple):
 
     `reference` is there where the reference moves (`sync_ref_model`), in float32 as well: what a sync adds would be lost below half a
     unit of bfloat16's last place. It is empty where the reference stays as it is and lies in `Frozen`. `beta_threshold` is the scalar
-    that beta-DPO measures a step's margin against (`loss/dynamic_beta.py`), in a dict that is empty without it.
+    that beta-DPO measures a step's margin against (`loss/dynamic_beta.py`), in a dict that is empty without it; `probe_kl` likewise is the
+    KL of the trust region's probe set (`trust_region.py`).
     """
 
     step: Any
@@ -24,17 +26,34 @@ class TrainState(NamedTuple):
     opt_state: Any
     reference: Tree
     beta_threshold: Tree = {}  # noqa: RUF012
+    probe_kl: Tree = {}  # noqa: RUF012
+
+
+class Probe(NamedTuple):
+    """What the trust region measures an update on: held-out pairs in micro-batches [A, R, ...].
+
+    `hidden` [A, R, K, D] are the reference's states where the scored tokens are predicted, None where the reference moves. `start` are
+    the trained parameters that the run started from, in any dtype, where the reference's distribution was theirs; else None. `limit`
+    is a float32 scalar, nats per token, that changes without a new trace.
+    """
+
+    batch: Batch
+    hidden: jax.Array | None
+    start: Tree | None
+    limit: jax.Array
 
 
 class Frozen(NamedTuple):
     """Beside the state, never donated, never trained.
 
     `base` is what a LoRA policy stands on (empty in full training); `reference` is what the reference has of its own: a whole copy,
-    the leaves of a frozen adapter, or nothing (the bare base, or a reference that moves and lies in `TrainState`).
+    the leaves of a frozen adapter, or nothing (the bare base, or a reference that moves and lies in `TrainState`). `probe` is there where
+    a trust region bounds the updates.
     """
 
     base: Tree
     reference: Tree
+    probe: Probe | None = None
 
     def against(self, state: TrainState) -> Frozen:
         """With the reference that the state carries, where it moves."""

@@ -28,6 +28,7 @@ from jax_dpo.sharding.tables import lookup, parts_of
 from jax_dpo.train.metrics import Sums, step_sums
 from jax_dpo.train.optimizer import clip
 from jax_dpo.train.state import Facts, Frozen, Knobs, TrainState
+from jax_dpo.train.trust_region import UNKNOWN, Accepted, along_update, toward_start
 
 
 def _scored(
@@ -200,9 +201,14 @@ def _precise(facts: Facts, traced: Callable[..., Any]) -> Callable[..., Any]:
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Parameters by the rules, optimizer moments as their parameters, the rest replicated. `state` may be abstract."""
     opt_state = like_params(state.opt_state, state.params, mesh)
-    threshold = jax.tree.map(lambda _: replicated(mesh), state.beta_threshold)
+    threshold, probe_kl = (jax.tree.map(lambda _: replicated(mesh), x) for x in (state.beta_threshold, state.probe_kl))
     return TrainState(
-        replicated(mesh), shardings(state.params, mesh), opt_state, shardings(state.reference, mesh), threshold
+        replicated(mesh),
+        shardings(state.params, mesh),
+        opt_state,
+        shardings(state.reference, mesh),
+        threshold,
+        probe_kl,
     )
 
 
@@ -213,16 +219,92 @@ def _updated(
     rate: jax.Array,
     finite: jax.Array,
     changed: dict[str, Any],
-) -> TrainState:
-    """The state after an optimizer step with what else it has `changed`; only counted, where the step is not finite."""
+    region: Callable[[Tree, Tree], tuple[Tree, Accepted]] | None,
+) -> tuple[TrainState, Accepted | None]:
+    """The state after an optimizer step with what else it has `changed`; only counted, where the step is not finite.
 
-    def new() -> tuple[Tree, Any, dict[str, Any]]:
+    `region` says how far it goes: (old parameters, what the update is subtracted from them) -> the new ones.
+    """
+
+    def new() -> tuple[Tree, Any, dict[str, Any], Accepted | None]:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return jax.tree.map(lambda p, u: p - rate * u, state.params, updates), opt_state, changed
+        change = jax.tree.map(lambda u: rate * u, updates)
+        if region is None:
+            return jax.tree.map(jnp.subtract, state.params, change), opt_state, changed, None
+        params, taken = region(state.params, change)
+        return params, opt_state, {**changed, "probe_kl": {"kl": taken.kl}}, taken
 
-    old = (state.params, state.opt_state, {name: getattr(state, name) for name in changed})
-    params, opt_state, changed = jax.lax.cond(finite, new, lambda: old)
-    return state._replace(step=state.step + 1, params=params, opt_state=opt_state, **changed)
+    def old() -> tuple[Tree, Any, dict[str, Any], Accepted | None]:
+        same = {name: getattr(state, name) for name in changed}
+        if region is None:
+            return state.params, state.opt_state, same, None
+        nothing = Accepted(jnp.float32(0), state.probe_kl["kl"], jnp.int32(0), jnp.bool_(False))
+        return state.params, state.opt_state, {**same, "probe_kl": state.probe_kl}, nothing
+
+    params, opt_state, changed, taken = jax.lax.cond(finite, new, old)
+    return state._replace(step=state.step + 1, params=params, opt_state=opt_state, **changed), taken
+
+
+def _region(
+    facts: Facts, state: TrainState, held: Frozen, mesh: Mesh
+) -> Callable[[Tree, Tree], tuple[Tree, Accepted]] | None:
+    """The trust region of a step, see `trust_region`; None where there is none."""
+    probe = held.probe
+    if probe is None:
+        return None
+    kl_of, now, limit = _probe_kl(facts, held, mesh), state.probe_kl["kl"], probe.limit
+    start = state.reference or probe.start
+
+    def inside(params: Tree, change: Tree) -> tuple[Tree, Accepted]:
+        def along(scale: jax.Array) -> Tree:
+            return jax.tree.map(lambda p, c: p - scale * c, params, change)
+
+        def toward(scale: jax.Array) -> Tree:
+            # So written that a scale of 1 changes no bit.
+            return jax.tree.map(lambda p, c, s: (p - c) + (1 - scale) * (s - (p - c)), params, change, start)
+
+        go, at = (along_update, along) if start is None else (toward_start, toward)
+        taken = go(lambda scale: kl_of(at(scale)), now, limit)
+        chosen = at(taken.scale)
+        return jax.tree.map(lambda p, new: jnp.where(taken.taken, new, p), params, chosen), taken
+
+    return inside
+
+
+def _probe_kl(facts: Facts, held: Frozen, mesh: Mesh) -> Callable[[Tree], jax.Array]:
+    """The exact KL of the probe set under given trained parameters: all token KLs over all scored tokens, nats; no dropout."""
+    probe = held.probe
+    assert probe is not None
+    dtype = jnp.dtype(facts.compute_dtype)
+    base = cast_for_compute(held.base, dtype)
+    reference = _reference(facts, held, base)
+    ref_unembed = None if facts.shared_head else unembedding(facts.reference, reference)
+
+    def sums_of(params: Tree, batch: Batch, ref_hidden: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        policy = overlay(base, cast_for_compute(params, dtype))
+        hidden, _ = _scored(facts, facts.policy, policy, batch, mesh)
+        if ref_hidden is None:
+            ref_hidden, _ = _scored(facts, facts.reference, reference, batch, mesh)
+        stats = _token_stats(facts, mesh, batch, hidden, unembedding(facts.policy, policy), ref_hidden, ref_unembed)
+        sums = _pairs(stats, batch)
+        return jnp.sum(sums.kl), jnp.sum(sums.tokens)
+
+    def kl_of(params: Tree) -> jax.Array:
+        # One micro-batch after the other: they are as large as those of the step.
+        kl, tokens = jax.lax.map(lambda x: sums_of(params, *x), (probe.batch, probe.hidden))
+        return jnp.maximum(jnp.sum(kl) / jnp.sum(tokens), 0.0)
+
+    return kl_of
+
+
+def make_probe_states(facts: Facts, mesh: Mesh) -> Callable[[Frozen, Batch], jax.Array]:
+    """The jitted pass that makes `Probe.hidden` [A, R, K, D] of micro-batches [A, R, ...]."""
+
+    def run(frozen: Frozen, batch: Batch) -> jax.Array:
+        reference = _reference(facts, frozen, cast_for_compute(frozen.base, jnp.dtype(facts.compute_dtype)))
+        return jax.lax.map(lambda one: _scored(facts, facts.reference, reference, one, mesh)[0], batch)
+
+    return jax.jit(_precise(facts, run))
 
 
 def make_step(
@@ -237,8 +319,9 @@ def make_step(
     """The jitted train step `(state, frozen, batch, count, knobs, key) -> (state, results)`; `state` is donated.
 
     `batch` has arrays [A, R, ...] of which the first `count` micro-batches hold something. Results: `sums` (`metrics.Sums`),
-    `grad_norm` (before clipping) and `finite`. A step that is not finite leaves parameters and moments as they were, to the bit. That takes
-    no second copy: the choice is made element by element in the update, after the gradients are all there.
+    `grad_norm` (before clipping), `finite` and, with a probe set in `frozen`, `accepted` (`trust_region.Accepted`). A step that is not
+    finite leaves parameters and moments as they were, to the bit. That takes no second copy: the choice is made element by element in
+    the update, after the gradients are all there. Nor does the trust region: while it tries, the update lies where the gradients did.
     """
     place = state_shardings(abstract, mesh)
 
@@ -275,8 +358,9 @@ def make_step(
         grads, sums = _accumulated(grad_fn, state.params, batch, count, place.params)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-        after = _updated(tx, state, clip(grads, norm, max_grad_norm), knobs.learning_rate, finite, changed)
-        return after, {"sums": sums, "grad_norm": norm, "finite": finite}
+        clipped, region = clip(grads, norm, max_grad_norm), _region(facts, state, held, mesh)
+        after, taken = _updated(tx, state, clipped, knobs.learning_rate, finite, changed, region)
+        return after, {"sums": sums, "grad_norm": norm, "finite": finite, "accepted": taken}
 
     return jax.jit(_precise(facts, step), donate_argnums=0, out_shardings=(place, replicated(mesh)))
 
@@ -287,7 +371,8 @@ def make_sync(mesh: Mesh, abstract: TrainState, mixup: float) -> Callable[[Train
 
     def sync(state: TrainState) -> TrainState:
         moved = jax.tree.map(lambda r, p: (1.0 - mixup) * r + mixup * p, state.reference, state.params)
-        return state._replace(reference=moved)
+        probe_kl = jax.tree.map(lambda kl: jnp.full_like(kl, UNKNOWN), state.probe_kl)
+        return state._replace(reference=moved, probe_kl=probe_kl)
 
     return jax.jit(sync, donate_argnums=0, out_shardings=state_shardings(abstract, mesh))
 

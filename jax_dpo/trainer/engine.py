@@ -29,8 +29,9 @@ from jax_dpo.train.evaluate import EvalSet, evaluate
 from jax_dpo.train.flops import attended_of, cost_of, work_of
 from jax_dpo.train.optimizer import OptimizerOptions, make_optimizer
 from jax_dpo.train.plan import Plan
-from jax_dpo.train.state import Frozen, Knobs, TrainState
-from jax_dpo.train.step import make_evaluation, make_step, make_sync
+from jax_dpo.train.state import Frozen, Knobs, Probe, TrainState
+from jax_dpo.train.step import make_evaluation, make_probe_states, make_step, make_sync
+from jax_dpo.train.trust_region import UNKNOWN, spread_over
 from jax_dpo.trainer.datasets import PairSet, Some
 from jax_dpo.trainer.models import (
     Pairing,
@@ -40,6 +41,7 @@ from jax_dpo.trainer.models import (
     place,
     reference_tree,
     router_coef,
+    run_start,
     trained_leaves,
 )
 
@@ -139,9 +141,14 @@ class Engine:
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the whole train state."""
-        moves = self.config.sync_ref_model
-        dynamic = self.config.beta_dpo_alpha > 0
-        return abstract_state(self.abstract_params, self.tx, self.mesh, moving_reference=moves, dynamic_beta=dynamic)
+        return abstract_state(
+            self.abstract_params,
+            self.tx,
+            self.mesh,
+            moving_reference=self.config.sync_ref_model,
+            dynamic_beta=self.config.beta_dpo_alpha > 0,
+            trust_region=self.config.kl_trust_region,
+        )
 
     def fresh_state(self) -> TrainState:
         """The state before step 1, read from the model's files."""
@@ -152,7 +159,8 @@ class Engine:
         step = jax.device_put(np.int32(0), replicated(self.mesh))
         moving = moving_reference(self.pairing, params, self.mesh) if self.config.sync_ref_model else {}
         threshold = jax.tree.map(lambda sharding: jax.device_put(np.float32(0), sharding), where.beta_threshold)
-        return TrainState(step, params, opt_state, moving, threshold)
+        probe_kl = jax.tree.map(lambda sharding: jax.device_put(np.float32(UNKNOWN), sharding), where.probe_kl)
+        return TrainState(step, params, opt_state, moving, threshold, probe_kl)
 
     def with_params(self, state: TrainState, policy: Policy) -> TrainState:
         """The state with the trained parameters of another policy of the same shape."""
@@ -312,10 +320,7 @@ class Engine:
     def held_out(self, name: str | None, data: PairSet | Some, *, alone: bool = False) -> EvalSet:
         """An evaluation set in batches of the training shape, or of a shape of its own where its pairs do not fit. `alone`: a row holds
         one pair."""
-        feed = self.feed
-        shape = feed.shape
-        if data.sizes.tokens.max() > shape.row_tokens or data.sizes.scored.max() > shape.row_scored:
-            feed = self.feed_of(data.whole if isinstance(data, Some) else data)
+        feed = self._held_out_feed(data)
         if alone:
             feed = replace(feed, shape=replace(feed.shape, row_pairs=1))
 
@@ -327,6 +332,24 @@ class Engine:
 
         by_batches = c.eval_weighting == "batches"
         return EvalSet(name, len(data), batches, c.per_device_eval_batch_size, by_batches, columns)
+
+    def _held_out_feed(self, data: PairSet | Some) -> Feed:
+        shape = self.feed.shape
+        if data.sizes.tokens.max() > shape.row_tokens or data.sizes.scored.max() > shape.row_scored:
+            return self.feed_of(data.whole if isinstance(data, Some) else data)
+        return self.feed
+
+    def probe(self, data: PairSet, frozen: Frozen) -> Probe:
+        """What the trust region measures each update on: some pairs of a held-out set, and the reference's states for them."""
+        some = Some(data, spread_over(data.sizes.scored, self.config.kl_probe_pairs))
+        feed = self._held_out_feed(some)
+        parts = list(evaluation_batches(some, some.sizes, feed))
+        stacked = jax.tree.map(lambda *xs: np.stack(xs), *parts)
+        batch = batch_to_devices(stacked, self.mesh, feed.rows, leading=1)
+        # A reference that moves has no states that stay.
+        hidden = None if self.config.sync_ref_model else make_probe_states(self.facts, self.mesh)(frozen, batch)
+        start = run_start(self.pairing, frozen, self.mesh, self.dtype)
+        return Probe(batch, hidden, start, jnp.float32(0))
 
     @cached_property
     def step(self) -> Callable[..., Any]:

@@ -261,6 +261,20 @@ def frozen_of(pairing: Pairing, params: Tree, mesh: Mesh, compute_dtype: str, *,
     return Frozen(base, copy(params))
 
 
+def run_start(pairing: Pairing, frozen: Frozen, mesh: Mesh, compute_dtype: str) -> Tree | None:
+    """The trained parameters at the start of the run, where the reference's distribution is theirs; else None.
+
+    Where the reference is their copy, that one; a fresh adapter's are read again. Empty where the reference moves with the state.
+    """
+    if not pairing.same_start:
+        return None
+    return (
+        frozen.reference
+        if pairing.kind in (START, ADAPTER)
+        else place(trained_leaves(pairing.policy), mesh, compute_dtype)
+    )
+
+
 def parameter_count(config: ModelConfig) -> tuple[int, int]:
     """(all parameters, trained parameters) of a model."""
     import math

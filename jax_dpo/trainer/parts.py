@@ -23,12 +23,12 @@ from jax_dpo.report.writers import Writers, open_writers
 from jax_dpo.sharding.mesh import row_shards
 from jax_dpo.train import nonfinite
 from jax_dpo.train.checkpoint import Checkpoints
-from jax_dpo.train.control import ControlState
+from jax_dpo.train.control import KL_ACTIONS, ControlState, KLControl
 from jax_dpo.train.controllers import AdaptiveBeta, Controller, DualKLCoef, PIBeta
 from jax_dpo.train.evaluate import evaluate
 from jax_dpo.train.flops import matmul_rate, peak_of
 from jax_dpo.train.gates import Ranking
-from jax_dpo.train.loop import KLControl, Parts
+from jax_dpo.train.loop import Parts
 from jax_dpo.train.plan import Plan, interval, total_steps
 from jax_dpo.train.progress import Progress
 from jax_dpo.train.schedule import schedule, warmup_of
@@ -121,7 +121,7 @@ def schedule_options(config: DPOConfig) -> dict[str, Any]:
 
 
 def controller_of(config: DPOConfig) -> Controller | None:
-    """What follows the KL at every evaluation."""
+    """What follows the KL wherever it is judged."""
     name = "adaptive_beta" if config.adaptive_beta else config.kl_controller
     proportional, integral = config.pi_beta_gains
     choices: dict[str, Controller] = {
@@ -130,6 +130,26 @@ def controller_of(config: DPOConfig) -> Controller | None:
         "dual_kl_coef": DualKLCoef(config.dual_kl_rate),
     }
     return choices.get(name)
+
+
+def kl_control(config: DPOConfig) -> KLControl:
+    """The rules by which the KL is held."""
+
+    def per_action(value: int | dict[str, int] | None) -> dict[str, int]:
+        if value is None:
+            return {}
+        return dict(value) if isinstance(value, dict) else dict.fromkeys(KL_ACTIONS, value)
+
+    return KLControl(
+        config.target_kl,
+        tuple(config.kl_actions),
+        controller_of(config),
+        judged_on=tuple(config.kl_judged_on),
+        window=config.kl_window,
+        patience=per_action(config.kl_patience),
+        cooldown=per_action(config.kl_cooldown),
+        most=per_action(config.kl_most_actions),
+    )
 
 
 def ranking_of(config: DPOConfig, sets: Mapping[str | None, PairSet]) -> Ranking:
@@ -206,6 +226,25 @@ def start_check(run: Run) -> Callable[[dict[str, float]], None] | None:
     return partial(check_start, options=engine.options, beta=run.args.beta, tokens_per_pair=scored, dtype=engine.dtype)
 
 
+def with_probe(run: Run, frozen: Frozen, ranking: Ranking) -> Frozen:
+    """What stays, with the probe set of the trust region where there is one.
+
+    Raises:
+      UserError: no held-out pairs.
+    """
+    sets = run.engine.eval_sets
+    if not run.args.kl_trust_region:
+        return frozen
+    if not sets:
+        raise UserError(
+            "no-probe-set",
+            "kl_trust_region measures each update on held-out pairs, and there are none. Name an evaluation set (eval_dataset, or "
+            "dataset_test_split of the data), or set kl_trust_region to false.",
+        )
+    data = sets.get(ranking.set) or next(iter(sets.values()))
+    return frozen._replace(probe=run.engine.probe(data, frozen))
+
+
 def assemble(
     run: Run, log: RunLog, frozen: Frozen, *, notify: Callable[[str, dict[str, Any]], None], primary: bool
 ) -> Parts:
@@ -229,7 +268,7 @@ def assemble(
         plan=plan,
         step=engine.step,
         evaluator=engine.evaluator,
-        frozen=frozen,
+        frozen=with_probe(run, frozen, ranking),
         against=lambda state: engine.against(state, frozen),
         sync=engine.sync,
         fresh_state=engine.fresh_state,
@@ -240,7 +279,7 @@ def assemble(
         learning_rate=config.learning_rate,
         key=jax.random.key(config.seed),
         options=engine.options,
-        control=KLControl(config.target_kl, tuple(config.kl_actions), controller_of(config)),
+        control=kl_control(config),
         ranking=ranking,
         checkpoints=Checkpoints(
             out, save_total_limit=config.save_total_limit, primary=primary, say=lambda text: run.notes.append(text)

@@ -110,6 +110,28 @@ def test_what_the_data_say_of_pairs_goes_with_them() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_meshes_hold_the_same_trust_region(lora: bool) -> None:
+    """The probe set of one device lies in several micro-batches, that of eight in one row each; the bound acts in every step."""
+    options = {
+        "kl_trust_region": True,
+        "kl_probe_pairs": 12,
+        "eval_strategy": "steps",
+        "target_kl": 1e-4 if lora else 1e-3,
+    }
+    options |= {"adam_epsilon": EPSILON, "lora": lora}
+    want = tiny.run(tiny.engine_on(ONE, micro_batch=2, **options))
+    assert min(scale for scale, _ in want.accepted) < 0.9
+    assert all(0 < kl <= options["target_kl"] for _, kl in want.accepted)
+    for mesh in ((1, 8, 1), (2, 2, 2)):
+        found = tiny.run(tiny.engine_on(mesh, **options))
+        np.testing.assert_allclose(found.accepted, want.accepted, rtol=2e-3)
+        np.testing.assert_allclose(found.losses, want.losses, rtol=0, atol=2e-6)
+        for path, weight in want.weights.items():
+            assert np.abs(found.weights[path] - weight).max() < 2e-5, path
+
+
+@pytest.mark.slow
 def test_meshes_move_the_reference_alike() -> None:
     """TR-DPO: the reference lies as the parameters do, and the steps after a move see the same one."""
     moving = {"sync_ref_model": True, "ref_model_sync_steps": 2, "adam_epsilon": EPSILON}

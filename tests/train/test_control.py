@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jax_dpo.train.control import KL_ACTIONS, Action, Controls, ControlState, react
+from jax_dpo.train.control import KL_ACTIONS, TRAIN, Action, Controls, ControlState, KLControl, react
 from jax_dpo.train.controllers import BETA_RANGE, AdaptiveBeta
 
 STANDARD = ("halve_lr", "raise_beta", "rollback")
@@ -23,8 +23,8 @@ def start(beta: float = 0.1) -> ControlState:
 def one(
     state: ControlState, kl: float, actions: Sequence[str] = STANDARD, **more: Any
 ) -> tuple[ControlState, list[Action]]:
-    options = {"target_kl": 0.1, "step": 10, **more}
-    return react(state, kl=kl, kl_actions=actions, **options)
+    at = {name: more.pop(name) for name in ("step", "good_step", "judged_on") if name in more}
+    return react(state, KLControl(0.1, tuple(actions), **more), kl=kl, **{"step": 10, **at})
 
 
 def simulate(kls: Sequence[float], actions: Sequence[str], **more: Any) -> tuple[ControlState, list[list[str]]]:
@@ -82,6 +82,7 @@ def test_values_of_one_round() -> None:
         "option": "learning_rate",
         "old": 1e-6,
         "new": 5e-7,
+        "judged_on": "eval",
     }
     state, (raised,) = one(state, 0.12, step=300)
     assert state.controls.learning_rate_scale == 0.5
@@ -152,6 +153,61 @@ def test_a_kl_that_is_not_finite_rolls_back(kl: float) -> None:
     assert [action.kind for action in done] == ["raise_beta"]
 
 
+# Patience, cool-down, most often
+
+
+@pytest.mark.parametrize(
+    ("more", "kls", "expected"),
+    [
+        # Two judgements in a row over the bound; one within it starts the count anew, and so does an action.
+        ({"patience": {"halve_lr": 2}}, [HIGH, LOW, HIGH, HIGH, HIGH], [[], [], [], ["halve_lr"], []]),
+        ({"patience": {"halve_lr": 3}}, [HIGH] * 6, [[], [], ["halve_lr"], [], [], ["halve_lr"]]),
+        # Quiet for 25 steps after step 10: the judgements at 20 and 30 count for nothing.
+        ({"cooldown": {"halve_lr": 25}}, [HIGH] * 5, [["halve_lr"], [], [], ["halve_lr"], []]),
+        (
+            {"cooldown": {"halve_lr": 15}, "patience": {"halve_lr": 2}},
+            [HIGH] * 5,
+            [[], ["halve_lr"], [], [], ["halve_lr"]],
+        ),
+        ({"most": {"halve_lr": 2}}, [HIGH] * 4, [["halve_lr"], ["halve_lr"], [], []]),
+    ],
+)
+def test_patience_cooldown_and_most(more: dict[str, Any], kls: list[float], expected: list[list[str]]) -> None:
+    assert simulate(kls, ["halve_lr"], **more)[1] == expected
+
+
+def test_each_action_has_its_own_patience() -> None:
+    """The order stays: what is next is waited for, although another one has waited long enough."""
+    _, taken = simulate([HIGH] * 5, ["raise_beta", "halve_lr"], patience={"halve_lr": 3})
+    assert taken == [["raise_beta"], [], [], ["halve_lr"], ["raise_beta"]]
+    _, taken = simulate([HIGH] * 4, ["raise_beta", "halve_lr"], most={"raise_beta": 1})
+    assert taken == [["raise_beta"], ["halve_lr"], ["halve_lr"], ["halve_lr"]]
+
+
+def test_quiet_after_a_rollback_counts_from_where_it_went() -> None:
+    state, _ = one(start(), HIGH, ["rollback"], step=40, good_step=20, cooldown={"rollback": 15})
+    assert state.quiet_until == 35
+    assert one(state, HIGH, ["rollback"], step=30, good_step=20)[1] == []
+    assert one(state, HIGH, ["rollback"], step=40, good_step=20)[1] != []
+
+
+def test_nothing_waits_where_the_kl_is_not_finite() -> None:
+    waiting = {"patience": {"rollback": 5}, "cooldown": {"rollback": 100}}
+    state, done = one(start(), math.nan, ["rollback"], step=30, **waiting)
+    assert done[-1].kind == "rollback"
+    _, done = one(state, math.nan, ["rollback"], step=30, **waiting)
+    assert done[-1].kind == "rollback"
+
+
+def test_a_window_of_train_steps_is_named() -> None:
+    _, (action,) = one(start(), HIGH, ["halve_lr"], step=40, judged_on=TRAIN, window=20)
+    assert action.reason.startswith("mean KL 0.2 of the train steps 21 to 40 is over target_kl 0.1: ")
+    assert action.record()["judged_on"] == "train"
+    both = KLControl(0.1, judged_on=("eval", "train"), window=4)
+    assert [step for step in range(1, 13) if both.judges_train_at(step)] == [4, 8, 12]
+    assert not any(KLControl(0.1).judges_train_at(step) for step in range(1, 30))
+
+
 # Adaptive beta
 
 
@@ -199,6 +255,8 @@ def test_react_leaves_its_state_alone() -> None:
 
 
 def test_unknown_action() -> None:
-    with pytest.raises(ValueError, match="unknown \\['halve'\\]; known are halve_lr, raise_beta, rollback"):
+    with pytest.raises(ValueError, match="kl_actions: unknown \\['halve'\\]; known are halve_lr, raise_beta, rollback"):
         one(start(), 0.0, ["halve"])
+    with pytest.raises(ValueError, match="kl_judged_on: unknown \\['test'\\]; known are eval, train"):
+        KLControl(0.1, judged_on=("test",))
     assert KL_ACTIONS == STANDARD

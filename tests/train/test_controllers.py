@@ -10,7 +10,7 @@ import math
 
 import pytest
 
-from jax_dpo.train.control import ControlState, react
+from jax_dpo.train.control import ControlState, KLControl, react
 from jax_dpo.train.controllers import AIM, BETA_RANGE, AdaptiveBeta, Controller, DualKLCoef, PIBeta, Setting
 
 TARGET, BETA = 0.1, 0.1
@@ -22,7 +22,7 @@ def drive(controller: Controller, steps: int, *, free: float, drift: float = 0.2
     for step in range(1, steps + 1):
         equilibrium = free * BETA / state.controls.beta / (1 + state.controls.kl_coef)
         kl += drift * (equilibrium - kl)
-        state, _ = react(state, kl=kl, target_kl=TARGET, kl_actions=(), controller=controller, step=step)
+        state, _ = react(state, KLControl(TARGET, controller=controller), kl=kl, step=step)
         seen.append(kl)
     return seen
 
@@ -44,7 +44,7 @@ def test_holds_the_kl_nearer_than_no_control(controller: Controller) -> None:
 def test_leaves_a_run_within_the_bound_alone(controller: Controller) -> None:
     state = ControlState.start(learning_rate=1e-6, beta=BETA, kl_coef=0.5)
     for step in range(1, 200):
-        state, actions = react(state, kl=0.03, target_kl=TARGET, kl_actions=(), controller=controller, step=step)
+        state, actions = react(state, KLControl(TARGET, controller=controller), kl=0.03, step=step)
         assert actions == []
     assert (state.controls.beta, state.controls.kl_coef) == (BETA, 0.5)
 
@@ -95,6 +95,6 @@ def test_dual_by_hand() -> None:
 
 def test_memory_survives_a_checkpoint() -> None:
     state = ControlState.start(learning_rate=1e-6, beta=BETA, kl_coef=0.0)
-    state, _ = react(state, kl=0.2, target_kl=TARGET, kl_actions=(), controller=PIBeta(1.0, 0.3), step=1)
+    state, _ = react(state, KLControl(TARGET, controller=PIBeta(1.0, 0.3)), kl=0.2, step=1)
     assert state.memory > 0
     assert ControlState.from_dict(state.to_dict()) == state
