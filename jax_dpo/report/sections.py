@@ -90,7 +90,7 @@ def gates(run: Run) -> Markup | None:
         mark = {"passed": "good", "failed": "bad"}.get(status, "quiet")
         why = el(
             "div",
-            el("span", str(gate["reason"])) if gate.get("reason") else None,
+            el("span", reason) if (reason := summary.gate_reason(gate)) else None,
             el("span", str(gate["advice"]), cls="advice") if gate.get("advice") and status == "failed" else None,
         )
         pill = el("span", status, cls=f"pill {mark}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from jax_dpo.report import format as fmt
 from jax_dpo.report.records import Record
+from jax_dpo.report.trend import slope_text
 
 Point = tuple[float, float | None]
 
@@ -212,6 +213,13 @@ def action_text(action: Record) -> str:
         rose = (fmt.finite(new) or 0) >= (fmt.finite(old) or 0)
         words = f"{controlled[str(name)]} {'raised' if rose else 'lowered'}"
     return f"{words or fmt.plain(name)}, {fmt.power(old)} to {fmt.power(new)}"
+
+
+def gate_reason(gate: Mapping[str, Any]) -> str:
+    """Why a gate came out as it did, and which way its evaluations went."""
+    slope, error = fmt.finite(gate.get("slope")), fmt.finite(gate.get("slope_error"))
+    trend = "" if slope is None else f"trend {slope_text(slope, error)}"
+    return "; ".join(text for text in (str(gate.get("reason") or ""), trend) if text)
 
 
 def said(value: Any) -> str:

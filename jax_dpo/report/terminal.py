@@ -240,7 +240,7 @@ class Terminal:
         table = self._table("gate", "result", "why")
         for gate in record.get("gates") or []:
             status = str(gate.get("status"))
-            why = str(gate.get("reason") or "")
+            why = summary.gate_reason(gate)
             if status == "failed" and gate.get("advice"):
                 why += f"\n{gate['advice']}"
             table.add_row(self._text(gate.get("name")), self._text(status, _MARKS.get(status, "dim")), self._text(why))

@@ -1,16 +1,27 @@
-"""What makes a run a good one: the score of a checkpoint, the best of them, and the verdict at the end.
+"""The verdict at the end of a run: its gates, and what to change where one failed.
 
-A score is the reward margin of an evaluation if its KL is within the bound, else minus infinity. The margin must be that
-of the configured beta: a beta raised on the way would raise the margin of one and the same model. Evaluations at a moving
-beta say so in their `beta` field and are brought back here by the ratio of the two.
+Of several evaluation sets one judges: the one that is named, else the first that was evaluated. The verdict says which.
 
-Of several evaluation sets one ranks and judges: the one that is named, else the first that was evaluated. The verdict
-says which.
+- **completed**: every planned step was done.
+- **kl**: the KL of the last evaluation is within the bound. A bound is held or not: no trend softens it.
+- **margin**: the reward margin is positive and higher than at the first evaluation (bar: the larger of 0 and the first one).
+- **improving**: the evaluation loss is below that of the start (bar: the first evaluation's).
+
+The last two speak of where the run has come to, of which the last evaluation is one sample. With three evaluations or more a line is
+fitted through all of them by least squares (`report/trend.py`), and its slope, with its standard error, stands beside the gate. The last
+evaluation decides, but:
+
+- It is beyond the bar, and yet the line goes the wrong way and ends on the wrong side of it: **failed**, this one evaluation was luck.
+- It misses the bar, but five evaluations or more say that this is noise: **passed**. All three must hold: it lies within two standard
+  deviations of what the line through those before it foretells (so a real collapse, which leaves that line, fails); that line foretells
+  a value beyond the bar; and the line through all of them, this one included, ends beyond the bar by more than its own standard error.
+
+Two standard deviations are the usual 95 %. Five, since a line through three points knows its scatter from one of them only. With two
+evaluations there are the two points. All are made on the same held-out pairs, so what scatters is the model on its way, not the pairs.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,15 +29,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jax_dpo.errors import GATE_FAILED, OK, UserError
+from jax_dpo.errors import GATE_FAILED, OK
+from jax_dpo.report.trend import Trend, fit
 from jax_dpo.train.digest import write_json
 from jax_dpo.train.disk import disk_error
+from jax_dpo.train.ranking import Entry, margin, value_of
 
 PASSED, FAILED, NOT_JUDGED = "passed", "failed", "not judged"
 _TITLES = {"completed": "completed", "kl": "KL", "margin": "margin", "improving": "improving"}
 _SET_LOSS = re.compile(r"eval_(.+)_loss")
-
-Entry = Mapping[str, Any]
+LEAST_FOR_NOISE = 5
+"""evaluations from which on the last one may be called noise"""
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition: `value` was found, `bound` is what it is held against; a failed one has a reason and advice."""
+    """One condition: `value` was found, `bound` is what it is held against; a failed one has a reason and advice.
+
+    `slope` is that of the line through the evaluations, per step, `slope_error` its standard error; None where there is no line, or
+    only two points.
+    """
 
     name: str
     status: str
@@ -68,6 +85,8 @@ class Gate:
     bound: float | None = None
     reason: str = ""
     advice: str = ""
+    slope: float | None = None
+    slope_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,77 +109,6 @@ class Verdict:
         """The fields of a `verdict` record. Numbers that are not finite are null: strict JSON."""
         fields = {**asdict(self), "gates": [asdict(gate) for gate in self.gates], "passed": self.passed}
         return _finite(fields)
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """How checkpoints are compared.
-
-    Attributes:
-        target_kl: the bound, or None where there is none.
-        metric: `metric_for_best_model`, with or without `eval_`; None is the score of this module.
-        greater_is_better: of that metric; None: unless its name ends in "loss", as in Hugging Face's trainer.
-        set: the evaluation set that ranks, None where there is only one.
-        beta: the configured beta.
-    """
-
-    target_kl: float | None
-    metric: str | None = None
-    greater_is_better: bool | None = None
-    set: str | None = None
-    beta: float | None = None
-
-    @property
-    def greater(self) -> bool:
-        """Whether a higher value is the better one."""
-        if self.metric is None:
-            return True
-        return not self.metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
-
-    def score(self, entry: Entry) -> float:
-        """The value of one evaluation.
-
-        Raises:
-            UserError: the evaluation has no such metric; names those that it has.
-        """
-        if self.metric is None:
-            return score(margin(entry, self.set, self.beta), _value(entry, "kl_divergence", self.set), self.target_kl)
-        name = self.metric.removeprefix("eval_")
-        found = _value(entry, name, self.set)
-        if found is None:
-            prefix = f"eval_{self.set}_" if self.set else "eval_"
-            known = sorted(key.removeprefix(prefix) for key in entry if key.startswith(prefix))
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(
-                "metric-for-best-model-unknown",
-                f"metric_for_best_model: an evaluation has no {self.metric}.{hint} It has: {', '.join(known)}.",
-            )
-        return found
-
-    def best(self, scores: Mapping[int, float]) -> int | None:
-        """The step of the best score by step; of equal ones the oldest; None where none is a number above -inf."""
-        usable = {step: value for step, value in sorted(scores.items()) if math.isfinite(value)}
-        if not usable:
-            return None
-        return max(usable, key=lambda step: usable[step] if self.greater else -usable[step])
-
-
-def score(margin: float | None, kl: float | None, target_kl: float | None) -> float:
-    """`margin` if `kl` is within the bound, else -inf. Without a bound, or where no exact KL was measured (None), the
-    margin stands alone; a margin or KL that is not a number is -inf."""
-    if margin is None or math.isnan(margin):
-        return -math.inf
-    if target_kl is None or kl is None:
-        return margin
-    return margin if kl <= target_kl else -math.inf
-
-
-def margin(entry: Entry, set_name: str | None = None, beta: float | None = None) -> float | None:
-    """`rewards/margins` of an evaluation at the configured `beta`, whatever beta was in force when it was made."""
-    found = _value(entry, "rewards/margins", set_name)
-    used = entry.get("beta")
-    return found if found is None or not beta or not used else found * beta / used
 
 
 def judge(
@@ -229,7 +177,7 @@ def _kl(seen: Sequence[Entry], name: str | None, target_kl: float | None, facts:
         return Gate("kl", NOT_JUDGED, reason="target_kl is not set")
     if not seen:
         return Gate("kl", NOT_JUDGED, bound=target_kl, reason=missing)
-    value = _value(seen[-1], "kl_divergence", name)
+    value = value_of(seen[-1], "kl_divergence", name)
     if value is None:
         return Gate("kl", NOT_JUDGED, bound=target_kl, reason="no exact KL was measured")
     if value <= target_kl:
@@ -242,44 +190,88 @@ def _kl(seen: Sequence[Entry], name: str | None, target_kl: float | None, facts:
 
 
 def _margin(seen: Sequence[Entry], name: str | None, facts: Facts, missing: str) -> Gate:
-    values = [(entry.get("step", 0), margin(entry, name, facts.beta)) for entry in seen]
-    values = [(step, value) for step, value in values if value is not None]
-    if not values:
+    points = [(entry.get("step", 0), value) for entry in seen if (value := margin(entry, name, facts.beta)) is not None]
+    if not points:
         return Gate("margin", NOT_JUDGED, bound=0.0, reason=missing)
+    (first_step, first), (_, last) = points[0], points[-1]
     if moved := facts.moved(seen[-1]):
-        return Gate("margin", NOT_JUDGED, values[-1][1], reason=moved)
-    (first_step, first), (_, last) = values[0], values[-1]
-    assert first is not None and last is not None
-    bound, against = 0.0, "0"
-    if len(values) > 1 and first > 0:
-        bound, against = first, f"{first:.4g} of the first evaluation (step {first_step})"
+        return Gate("margin", NOT_JUDGED, last, reason=moved)
+    bar, against = 0.0, "0"
+    if len(points) > 1 and first > 0:
+        bar, against = first, f"{first:.4g} of the first evaluation (step {first_step})"
     # With one evaluation there is only the sign to judge.
-    if last > bound:
-        return Gate("margin", PASSED, last, bound)
+    found = _settle(points, bar, up=True)
+    if found.passed:
+        return found.gate("margin", last, bar, found.noise)
     advice = f"Check the quality of the data; a higher learning_rate{_try(facts.learning_rate, 2)} or a lower beta"
     advice = f"{advice}{_try(facts.beta, 0.5)} moves the policy further."
     if not math.isfinite(last):
-        return Gate("margin", FAILED, last, bound, f"margin is {last}: training diverged", _stability(facts))
-    return Gate(
-        "margin", FAILED, last, bound, f"{_number(last, bound)} is not above {against}", _cause(facts) or advice
-    )
+        return found.gate("margin", last, bar, f"margin is {last}: training diverged", _stability(facts))
+    reason = found.luck or f"{_number(last, bar)} is not above {against}"
+    return found.gate("margin", last, bar, reason, _cause(facts) or advice)
 
 
 def _improving(seen: Sequence[Entry], name: str | None, facts: Facts, missing: str) -> Gate:
-    values = [(entry.get("step", 0), _value(entry, "loss", name)) for entry in seen]
-    losses = [(step, value) for step, value in values if value is not None]
-    if not losses:
+    points = [(entry.get("step", 0), value) for entry in seen if (value := value_of(entry, "loss", name)) is not None]
+    if not points:
         return Gate("improving", NOT_JUDGED, reason=missing)
-    if len(losses) == 1:
+    if len(points) == 1:
         return Gate("improving", NOT_JUDGED, reason="one evaluation only, nothing to compare with")
+    (first_step, first), (_, last) = points[0], points[-1]
     if moved := facts.moved(seen[-1]):
-        return Gate("improving", NOT_JUDGED, losses[-1][1], reason=moved)
-    (first_step, first), (_, last) = losses[0], losses[-1]
-    if last < first:
-        return Gate("improving", PASSED, last, first)
+        return Gate("improving", NOT_JUDGED, last, reason=moved)
+    found = _settle(points, first, up=False)
+    if found.passed:
+        return found.gate("improving", last, first, found.noise)
     start = "the start" if first_step == 0 else f"the first evaluation (step {first_step})"
-    reason = f"evaluation loss {_number(last, first)} is not below {first:.4g} of {start}"
-    return Gate("improving", FAILED, last, first, reason, _cause(facts) or _stability(facts))
+    reason = found.luck or f"evaluation loss {_number(last, first)} is not below {first:.4g} of {start}"
+    return found.gate("improving", last, first, reason, _cause(facts) or _stability(facts))
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """Whether the run has come beyond a bar; `luck` and `noise` say why the last evaluation alone did not decide."""
+
+    passed: bool
+    trend: Trend | None
+    luck: str = ""
+    noise: str = ""
+
+    def gate(self, name: str, value: float, bound: float, reason: str = "", advice: str = "") -> Gate:
+        slope, error = (None, None) if self.trend is None else (self.trend.slope, self.trend.slope_error)
+        return Gate(name, PASSED if self.passed else FAILED, value, bound, reason, advice, slope, error)
+
+
+def _settle(points: Sequence[tuple[float, float]], bar: float, *, up: bool) -> _Settled:
+    """The rule at the head of this module, for (step, value) of every evaluation; `up`: beyond the bar is above it."""
+    sign = 1.0 if up else -1.0
+    beyond = lambda value: sign * (value - bar)  # noqa: E731
+    step, last = points[-1]
+    known = [point for point in points if math.isfinite(point[1])]
+    line = fit(known)
+    if not math.isfinite(last) or line is None or line.count < 3:
+        return _Settled(beyond(last) > 0, line)
+    side, way = ("below", "falls") if up else ("above", "rises")
+    end = line.at(step)
+    if beyond(last) > 0:
+        if sign * line.slope >= 0 or beyond(end) > 0:
+            return _Settled(True, line)
+        luck = (
+            f"the line through {line.count} evaluations {way} ({line.text}) and ends at {_number(end, bar)}, {side} {bar:.4g}: "
+            f"the last one alone, {_number(last, bar)}, is not"
+        )
+        return _Settled(False, line, luck=luck)
+    before = fit(known[:-1])
+    if line.count < LEAST_FOR_NOISE or before is None:
+        return _Settled(False, line)
+    foretold, wide = before.at(step), 2 * before.error_of_one_at(step)
+    if abs(last - foretold) > wide or beyond(foretold) <= 0 or beyond(end) <= line.error_at(step):
+        return _Settled(False, line)
+    noise = (
+        f"the last evaluation, {_number(last, bar)}, is within the noise of those before it ({foretold:.3g} ± {wide:.2g}); the line "
+        f"through all {line.count} ends at {_number(end, bar)} ± {line.error_at(step):.2g}"
+    )
+    return _Settled(True, line, noise=noise)
 
 
 def _cause(facts: Facts) -> str:
@@ -319,15 +311,6 @@ def _headline(gates: Sequence[Gate], completed: bool, best: Any, exit_code: int)
         text = "all gates passed"
     where = f"; best {best['path']}" if best and not failed else ""
     return f"{head}; {text}{where}; exit {exit_code}"
-
-
-def _value(entry: Entry, metric: str, set_name: str | None) -> float | None:
-    for key in ((f"eval_{set_name}_{metric}",) if set_name else ()) + (f"eval_{metric}",):
-        if entry.get(key) is not None:
-            return float(entry[key])
-        if key in entry.get("non_finite", ()):  # as run.jsonl has it: null, and named
-            return math.nan
-    return None
 
 
 def _first_set(entries: Sequence[Entry]) -> str | None:

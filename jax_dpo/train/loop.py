@@ -29,10 +29,10 @@ from jax_dpo.train import nonfinite
 from jax_dpo.train.checkpoint import Checkpoints
 from jax_dpo.train.control import EVAL, TRAIN, KLControl, react
 from jax_dpo.train.evaluate import EvalSet, Evaluator, evaluate
-from jax_dpo.train.gates import Ranking
 from jax_dpo.train.metrics import Window
 from jax_dpo.train.plan import Plan
 from jax_dpo.train.progress import COUNTED, Progress
+from jax_dpo.train.ranking import Ranking
 from jax_dpo.train.schedule import Schedule
 from jax_dpo.train.signals import StopRequest
 from jax_dpo.train.state import Frozen, Knobs, TrainState

@@ -9,8 +9,8 @@ from typing import Any
 
 from jax_dpo.data.order import START, Position
 from jax_dpo.train.control import ControlState
-from jax_dpo.train.gates import Ranking
 from jax_dpo.train.metrics import Window
+from jax_dpo.train.ranking import Ranking
 
 # What is added up between two log lines beside the metrics; `seconds` are those of steps, without evaluations and saves.
 COUNTED = ("pairs", "trl_tokens", "flops", "fill", "steps", "seconds", "scale")

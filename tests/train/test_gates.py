@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from jax_dpo.errors import UserError
-from jax_dpo.train.gates import Facts, Gate, Ranking, Verdict, judge, margin, score, write_verdict
+from jax_dpo.train.gates import Facts, Gate, Verdict, judge, write_verdict
+from jax_dpo.train.ranking import Ranking, margin, score
 
 INF, NAN = math.inf, math.nan
 FACTS = Facts(done=20, planned=20, learning_rate=1e-6, beta=0.1)
@@ -196,6 +197,69 @@ def test_the_last_evaluation_counts_not_the_worst() -> None:
     assert verdict([START, entry(10, 0.9, -1.0, 5.0), GOOD[-1]]).passed
 
 
+# Trends
+
+
+def course(losses: list[float], margins: list[float] | None = None) -> Verdict:
+    """The verdict on evaluations every 10 steps from the start on."""
+    margins = margins or [0.05 * i for i in range(len(losses))]
+    found = [entry(10 * i, loss, gap) for i, (loss, gap) in enumerate(zip(losses, margins, strict=True))]
+    return verdict(found, final_step=10 * len(losses))
+
+
+def test_the_trend_of_a_gate_is_the_least_squares_line() -> None:
+    """Oracle: numpy's polynomial fit and its covariance."""
+    losses = [0.6931, 0.66, 0.64, 0.645, 0.61, 0.58]
+    (slope, _), cov = np.polyfit(np.arange(6) * 10.0, losses, 1, cov=True)
+    found = gate(course(losses), "improving")
+    assert found.slope == pytest.approx(slope, rel=1e-9)
+    assert found.slope_error == pytest.approx(np.sqrt(cov[0, 0]), rel=1e-9)
+    two = gate(verdict([START, GOOD[-1]]), "improving")
+    assert (two.slope, two.slope_error) == (pytest.approx((0.6 - 0.6931) / 20), None)
+
+
+@pytest.mark.parametrize(
+    ("losses", "passed", "words"),
+    [
+        # The last one dips below the start by luck: everything before it rose.
+        ([0.6931, 0.70, 0.71, 0.72, 0.73, 0.74, 0.75, 0.692], False, "the line through 8 evaluations rises"),
+        # It rose at a high rate and came back: the line falls, and the last one counts.
+        ([0.6931, 0.80, 0.78, 0.74, 0.70, 0.66], True, ""),
+        # A run that learned, with noise: its last evaluation is within the noise.
+        ([0.6931, 0.60, 0.62, 0.55, 0.66, 0.58, 0.70], True, "is within the noise of those before it"),
+        # The same last value after a quiet descent leaves the line: a collapse.
+        ([0.6931, 0.67, 0.65, 0.63, 0.61, 0.59, 0.70], False, "0.7 is not below 0.6931 of the start"),
+        # Too few to tell noise from anything.
+        ([0.6931, 0.58, 0.62, 0.70], False, "0.7 is not below 0.6931 of the start"),
+        # Noise around the start's own value is no improvement.
+        ([0.6931, 0.70, 0.68, 0.70, 0.69, 0.71, 0.68, 0.70], False, "0.7 is not below"),
+        # Over-fitting that has not yet come to the start's value: below it is below it.
+        ([0.6931, 0.55, 0.50, 0.55, 0.62, 0.68], True, ""),
+    ],
+)
+def test_one_evaluation_does_not_decide_against_the_others(losses: list[float], passed: bool, words: str) -> None:
+    found = gate(course(losses), "improving")
+    assert (found.status == "passed") == passed, found
+    assert words in found.reason
+    assert found.value == losses[-1], "what was measured stands as it is"
+
+
+def test_the_margin_has_the_same_rule() -> None:
+    losses = [0.69 - 0.01 * i for i in range(7)]
+    noisy = gate(course(losses, [0.0, 0.09, 0.04, 0.12, 0.03, 0.1, -0.01]), "margin")
+    assert noisy.status == "passed" and "-0.01, is within the noise" in noisy.reason
+    lucky = gate(course(losses, [0.0, -0.02, -0.03, -0.05, -0.06, -0.08, 0.001]), "margin")
+    assert lucky.status == "failed" and "falls" in lucky.reason and "below 0" in lucky.reason
+    assert "quality of the data" in lucky.advice
+    collapsed = gate(course(losses, [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, -0.01]), "margin")
+    assert collapsed.reason == "-0.01 is not above 0"
+
+
+def test_an_evaluation_that_is_not_finite_is_no_noise() -> None:
+    assert gate(course([0.6931, 0.6, 0.62, 0.55, 0.6, 0.58, NAN]), "improving").status == "failed"
+    assert gate(course([0.6931, 0.6, NAN, 0.55, 0.6, 0.58, 0.57]), "improving").status == "passed"
+
+
 @pytest.mark.parametrize(
     ("entries", "target", "status"),
     [
@@ -289,7 +353,7 @@ def test_verdict_json(tmp_path: Path) -> None:
     assert read["final"] == {"step": 20}
     assert read["passed"] is False and read["exit_code"] == 3
     kl = read["gates"][1]
-    assert set(kl) == {"name", "status", "value", "bound", "reason", "advice"}
+    assert set(kl) == {"name", "status", "value", "bound", "reason", "advice", "slope", "slope_error"}
     assert (kl["status"], kl["value"]) == ("failed", None)
 
 
