@@ -18,6 +18,7 @@ from jax_dpo.loss.family import LossOptions, mixed_loss
 from jax_dpo.loss.router import RouterSums, balance
 from jax_dpo.loss.scores import CHOSEN, PairSums
 from jax_dpo.train import metrics
+from jax_dpo.train.length import length_effect
 from jax_dpo.train.state import Frozen, Knobs
 
 Evaluator = Callable[[Tree, Frozen, Batch, Knobs], tuple[Any, PairSums, RouterSums | None]]
@@ -85,6 +86,7 @@ def evaluate(
         found = metrics.evaluation_by_batches(loss, sums, beta, held_out.group, aux)
     else:
         found = metrics.evaluation(loss, sums, beta, aux)
+    found |= length_effect(sums, beta)
     seconds = time.perf_counter() - began
     found |= {"runtime": seconds, "samples_per_second": held_out.pairs / seconds}
     found["steps_per_second"] = math.ceil(held_out.pairs / held_out.group) / seconds
