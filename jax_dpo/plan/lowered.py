@@ -25,6 +25,7 @@ from jax_dpo.sharding.mesh import ROWS, replicated, row_shards
 from jax_dpo.sharding.rules import shardings
 from jax_dpo.train.state import Facts, Frozen, Knobs, TrainState
 from jax_dpo.train.step import make_step, state_shardings
+from jax_dpo.train.trust_region import REGION_START
 
 
 class DeviceMemory(NamedTuple):
@@ -58,9 +59,10 @@ def abstract_state(
     """Shapes and shardings of the whole train state; a reference that moves is a second copy of the parameters in it."""
     step = jax.ShapeDtypeStruct((), np.int32)
     scalar = jax.ShapeDtypeStruct((), np.float32)
-    threshold, probe_kl = {"threshold": scalar} if dynamic_beta else {}, {"kl": scalar} if trust_region else {}
+    threshold = {"threshold": scalar} if dynamic_beta else {}
+    region = dict.fromkeys(REGION_START, scalar) if trust_region else {}
     moving = params if moving_reference else {}
-    state = TrainState(step, params, jax.eval_shape(tx.init, params), moving, threshold, probe_kl)
+    state = TrainState(step, params, jax.eval_shape(tx.init, params), moving, threshold, region)
     return jax.tree.map(_laid, state, state_shardings(state, mesh))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -20,61 +20,16 @@ import numpy as np
 
 from jax_dpo.data.batch import Batch
 from jax_dpo.data.loader import StepBatch, prefetch
-from jax_dpo.data.order import Position
 from jax_dpo.errors import Stopped
-from jax_dpo.loss.family import LossOptions
-from jax_dpo.report.terminal import Display
-from jax_dpo.report.writers import Writers
 from jax_dpo.train import nonfinite
-from jax_dpo.train.checkpoint import Checkpoints
-from jax_dpo.train.control import EVAL, TRAIN, KLControl, react
-from jax_dpo.train.evaluate import EvalSet, Evaluator, evaluate
+from jax_dpo.train.control import EVAL, TRAIN, react
+from jax_dpo.train.evaluate import EvalSet, evaluate
 from jax_dpo.train.metrics import Window
-from jax_dpo.train.plan import Plan
+from jax_dpo.train.parts import Parts
 from jax_dpo.train.progress import COUNTED, Progress
-from jax_dpo.train.ranking import Ranking
-from jax_dpo.train.schedule import Schedule
 from jax_dpo.train.signals import StopRequest
 from jax_dpo.train.state import Frozen, Knobs, TrainState
 from jax_dpo.train.trust_region import limit_of, ratio_of
-
-Step = Callable[..., tuple[TrainState, dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Everything that a run is made of and that does not change while it runs."""
-
-    plan: Plan
-    step: Step
-    evaluator: Evaluator
-    frozen: Frozen
-    against: Callable[[TrainState], Frozen]
-    sync: Callable[[TrainState], TrainState] | None
-    fresh_state: Callable[[], TrainState]
-    batch_at: Callable[[Position], StepBatch]
-    to_devices: Callable[[StepBatch], Batch]
-    eval_sets: tuple[EvalSet, ...]
-    schedule: Schedule
-    learning_rate: float
-    key: jax.Array
-    options: LossOptions
-    control: KLControl
-    ranking: Ranking
-    checkpoints: Checkpoints
-    writers: Writers
-    display: Display
-    trainer_state: Callable[[Progress], dict[str, Any]]
-    check_start: Callable[[dict[str, float]], None] | None
-    notify: Callable[[str, dict[str, Any]], None]
-    report: Callable[[], None]
-    flops: Callable[[StepBatch], float]
-    peak_flops: float | None
-    skip_nonfinite: bool
-    faulty_pairs: Callable[[str | None, np.ndarray, TrainState], np.ndarray]
-    """of these positions in a set, those whose numbers are not finite by themselves"""
-    row_names: Mapping[str | None, nonfinite.RowNames]
-    """of the training set (`nonfinite.TRAINING`) and of each evaluation set, by its name"""
 
 
 @dataclass
@@ -213,6 +168,8 @@ class Loop:
         if done.results["accepted"] is not None:
             accepted = jax.device_get(done.results["accepted"])
             self.progress.probe_kl = float(accepted.kl)
+            self.progress.rate_share = float(done.results["rate_share"])
+            self.progress.last = (self.progress.last[0], done.rate * self.progress.rate_share)
             c["scale"] += float(accepted.scale)
         c["steps"] += 1
         one = Window()
@@ -265,6 +222,7 @@ class Loop:
         }
         if parts.frozen.probe is not None:
             record["trust_region/scale"] = c["scale"] / max(c["steps"], 1)
+            record["trust_region/rate"] = progress.rate_share
             record["trust_region/kl"] = progress.probe_kl
             record["trust_region/limit"] = limit_of(parts.control.target_kl, progress.probe_ratio)
         if parts.peak_flops:

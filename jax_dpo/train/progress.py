@@ -45,6 +45,8 @@ class Progress:
     """whether the train steps held the bound when they were last judged"""
     probe_kl: float = 0.0
     """KL of the trust region's probe set after the last step"""
+    rate_share: float = 1.0
+    """the trust region's share of the learning rate of the last step"""
     probe_ratio: float | None = None
     """the evaluation set's KL over the probe set's when both were last seen"""
 
@@ -76,7 +78,7 @@ class Progress:
             "skipped": list(self.skipped),
             "kl": list(self.kl),
             "within": self.within,
-            "probe": [self.probe_kl, self.probe_ratio],
+            "probe": [self.probe_kl, self.rate_share, self.probe_ratio],
         }
 
     @classmethod
@@ -101,7 +103,8 @@ class Progress:
             kl=(float(meta["kl"][0]), float(meta["kl"][1])),
             within=meta["within"],
             probe_kl=float(meta["probe"][0]),
-            probe_ratio=meta["probe"][1],
+            rate_share=float(meta["probe"][1]),
+            probe_ratio=meta["probe"][2],
         )
 
     @property

@@ -17,8 +17,8 @@ class TrainState(NamedTuple):
 
     `reference` is there where the reference moves (`sync_ref_model`), in float32 as well: what a sync adds would be lost below half a
     unit of bfloat16's last place. It is empty where the reference stays as it is and lies in `Frozen`. `beta_threshold` is the scalar
-    that beta-DPO measures a step's margin against (`loss/dynamic_beta.py`), in a dict that is empty without it; `probe_kl` likewise is the
-    KL of the trust region's probe set (`trust_region.py`).
+    that beta-DPO measures a step's margin against (`loss/dynamic_beta.py`), in a dict that is empty without it; `region` likewise is
+    what a trust region remembers: the KL of its probe set and its share of the learning rate (`trust_region.py`).
     """
 
     step: Any
@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     reference: Tree
     beta_threshold: Tree = {}  # noqa: RUF012
-    probe_kl: Tree = {}  # noqa: RUF012
+    region: Tree = {}  # noqa: RUF012
 
 
 class Probe(NamedTuple):

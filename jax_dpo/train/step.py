@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,112 +11,29 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jax_dpo.arrays import Tree, overlay
-from jax_dpo.data.batch import BRANCHES, Batch
+from jax_dpo.arrays import Tree
+from jax_dpo.data.batch import Batch
 from jax_dpo.loss.dynamic_beta import batch_beta, next_threshold
 from jax_dpo.loss.family import LossOptions, mixed_loss, pair_loss
-from jax_dpo.loss.router import RouterSums, balance, of_group, router_sums, router_watch
-from jax_dpo.loss.scores import CHOSEN, REJECTED, Given, PairSums, pair_sums
-from jax_dpo.models.config import ModelConfig
-from jax_dpo.models.decoder import cast_for_compute, forward, precision, unembedding
-from jax_dpo.models.experts import everywhere
-from jax_dpo.ops.token_stats.api import TokenStats, token_stats
-from jax_dpo.sharding.experts import spread_experts
+from jax_dpo.loss.router import RouterSums, balance, of_group
+from jax_dpo.loss.scores import CHOSEN, REJECTED, Given, PairSums
+from jax_dpo.models.decoder import cast_for_compute, unembedding
 from jax_dpo.sharding.mesh import replicated
-from jax_dpo.sharding.rules import activations, like_params, shardings
-from jax_dpo.sharding.tables import lookup, parts_of
+from jax_dpo.sharding.rules import like_params, shardings
+from jax_dpo.train.forward import (
+    precise,
+    reference_params,
+    scored_states,
+    statistics,
+    stats_of,
+    sums_of_pairs,
+    watched_statistics,
+)
 from jax_dpo.train.metrics import Sums, step_sums
 from jax_dpo.train.optimizer import clip
+from jax_dpo.train.probe import Bounded, bounded_update
 from jax_dpo.train.state import Facts, Frozen, Knobs, TrainState
-from jax_dpo.train.trust_region import UNKNOWN, Accepted, along_update, toward_start
-
-
-def _scored(
-    facts: Facts, config: ModelConfig, params: Tree, batch: Batch, mesh: Mesh, **options: Any
-) -> tuple[jax.Array, list[Any]]:
-    """Hidden states [R, K, D] where the scored tokens are predicted, and what was watched of the routers."""
-    constrain = partial(jax.lax.with_sharding_constraint, shardings=activations(mesh))
-    hidden, watched = forward(
-        config,
-        params,
-        batch.tokens,
-        batch.positions,
-        batch.pair,
-        batch.branch,
-        constrain=constrain,
-        lookup=lookup(mesh),
-        experts=spread_experts(mesh, everywhere),
-        implementation=facts.attention,
-        **options,
-    )
-    return constrain(jnp.take_along_axis(hidden, batch.source[..., None], axis=1)), watched
-
-
-def statistics(
-    facts: Facts, params: Tree, frozen: Frozen, batch: Batch, mesh: Mesh, key: jax.Array | None
-) -> TokenStats:
-    """Policy and reference on one micro-batch, without the routers: see `watched_statistics`."""
-    return watched_statistics(facts, params, frozen, batch, mesh, key)[0]
-
-
-def watched_statistics(
-    facts: Facts, params: Tree, frozen: Frozen, batch: Batch, mesh: Mesh, key: jax.Array | None
-) -> tuple[TokenStats, RouterSums | None]:
-    """Policy and reference on one micro-batch: per-token statistics [R, K]. Gradients flow into `params` alone.
-
-    Where the reference's sums were made beforehand, it is not run, and what only it could tell is None. The sums of the policy's
-    routers are made where the batch says whose its tokens are (`Batch.owner`).
-    """
-    dtype = jnp.dtype(facts.compute_dtype)
-    base = jax.tree.map(jax.lax.stop_gradient, cast_for_compute(frozen.base, dtype))
-    policy = overlay(base, cast_for_compute(params, dtype))
-    slots = batch.weight.shape[1]
-    watch = None if batch.owner is None else router_watch(batch.owner, batch.copies, slots)
-    options: dict[str, Any] = {"remat": facts.remat, "dropout_key": key, "watch": watch}
-    hidden, watched = _scored(facts, facts.policy, policy, batch, mesh, **options)
-    routers = router_sums(watched, batch.owner, batch.copies, slots) if watched else None
-    ref_hidden = ref_unembed = None
-    if not facts.precomputed:
-        reference = _reference(facts, frozen, base)
-        ref_hidden = jax.lax.stop_gradient(_scored(facts, facts.reference, reference, batch, mesh)[0])
-        ref_unembed = None if facts.shared_head else unembedding(facts.reference, reference)
-    head = unembedding(facts.policy, policy)
-    return _token_stats(facts, mesh, batch, hidden, head, ref_hidden, ref_unembed), routers
-
-
-def _reference(facts: Facts, frozen: Frozen, base: Tree) -> Tree:
-    """The reference's parameters in the compute dtype; `base` is there already."""
-    own = jax.tree.map(jax.lax.stop_gradient, cast_for_compute(frozen.reference, jnp.dtype(facts.compute_dtype)))
-    return overlay(base, own) if facts.reference_on_base else own
-
-
-def _token_stats(
-    facts: Facts,
-    mesh: Mesh,
-    batch: Batch,
-    hidden: jax.Array,
-    unembed: jax.Array,
-    ref_hidden: jax.Array | None = None,
-    ref_unembed: jax.Array | None = None,
-) -> TokenStats:
-    gather, spread = parts_of(mesh, vocabulary_shards=facts.vocabulary_shards)
-    return token_stats(
-        hidden,
-        ref_hidden,
-        unembed,
-        ref_unembed,
-        batch.target,
-        softcap=facts.policy.logit_softcap,
-        row_shards=facts.row_shards,
-        vocabulary_shards=facts.vocabulary_shards,
-        gather=gather,
-        spread=spread,
-        implementation=facts.token_stats,
-    )
-
-
-def _pairs(stats: TokenStats, batch: Batch) -> PairSums:
-    return pair_sums(stats, batch.slot, batch.weight.shape[1], BRANCHES, batch.token_weight, batch.ref_logps)
+from jax_dpo.train.trust_region import UNKNOWN, Accepted
 
 
 def _given(batch: Batch) -> Given:
@@ -144,7 +61,7 @@ def micro_batch_loss(
     `knobs.beta` is that of the whole step: where beta follows the batch, the batch is the step.
     """
     stats, routers = watched_statistics(facts, params, frozen, batch, mesh, key)
-    sums = _pairs(stats, batch)
+    sums = sums_of_pairs(stats, batch)
     given = _given(batch)
     each = pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options, given)
     loss = jnp.sum(jnp.where(batch.weight > 0, batch.weight * each, 0.0))
@@ -187,28 +104,17 @@ def _accumulated(
     return grads, sums
 
 
-def _precise(facts: Facts, traced: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, traced with the products that its compute dtype promises."""
-
-    @wraps(traced)
-    def inside(*arguments: Any) -> Any:
-        with precision(facts.compute_dtype):
-            return traced(*arguments)
-
-    return inside
-
-
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Parameters by the rules, optimizer moments as their parameters, the rest replicated. `state` may be abstract."""
     opt_state = like_params(state.opt_state, state.params, mesh)
-    threshold, probe_kl = (jax.tree.map(lambda _: replicated(mesh), x) for x in (state.beta_threshold, state.probe_kl))
+    threshold, region = (jax.tree.map(lambda _: replicated(mesh), x) for x in (state.beta_threshold, state.region))
     return TrainState(
         replicated(mesh),
         shardings(state.params, mesh),
         opt_state,
         shardings(state.reference, mesh),
         threshold,
-        probe_kl,
+        region,
     )
 
 
@@ -219,92 +125,56 @@ def _updated(
     rate: jax.Array,
     finite: jax.Array,
     changed: dict[str, Any],
-    region: Callable[[Tree, Tree], tuple[Tree, Accepted]] | None,
+    bounded: Bounded | None,
 ) -> tuple[TrainState, Accepted | None]:
     """The state after an optimizer step with what else it has `changed`; only counted, where the step is not finite.
 
-    `region` says how far it goes: (old parameters, what the update is subtracted from them) -> the new ones.
+    `bounded` is the trust region, where there is one.
     """
 
     def new() -> tuple[Tree, Any, dict[str, Any], Accepted | None]:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         change = jax.tree.map(lambda u: rate * u, updates)
-        if region is None:
+        if bounded is None:
             return jax.tree.map(jnp.subtract, state.params, change), opt_state, changed, None
-        params, taken = region(state.params, change)
-        return params, opt_state, {**changed, "probe_kl": {"kl": taken.kl}}, taken
+        params, taken, region = bounded(state.params, change)
+        return params, opt_state, {**changed, "region": region}, taken
 
     def old() -> tuple[Tree, Any, dict[str, Any], Accepted | None]:
         same = {name: getattr(state, name) for name in changed}
-        if region is None:
+        if bounded is None:
             return state.params, state.opt_state, same, None
-        nothing = Accepted(jnp.float32(0), state.probe_kl["kl"], jnp.int32(0), jnp.bool_(False))
-        return state.params, state.opt_state, {**same, "probe_kl": state.probe_kl}, nothing
+        nothing = Accepted(jnp.float32(0), state.region["kl"], jnp.int32(0), jnp.bool_(False))
+        return state.params, state.opt_state, {**same, "region": state.region}, nothing
 
     params, opt_state, changed, taken = jax.lax.cond(finite, new, old)
     return state._replace(step=state.step + 1, params=params, opt_state=opt_state, **changed), taken
 
 
-def _region(
-    facts: Facts, state: TrainState, held: Frozen, mesh: Mesh
-) -> Callable[[Tree, Tree], tuple[Tree, Accepted]] | None:
-    """The trust region of a step, see `trust_region`; None where there is none."""
-    probe = held.probe
-    if probe is None:
-        return None
-    kl_of, now, limit = _probe_kl(facts, held, mesh), state.probe_kl["kl"], probe.limit
-    start = state.reference or probe.start
+def _following(
+    facts: Facts,
+    options: LossOptions,
+    mesh: Mesh,
+    state: TrainState,
+    held: Frozen,
+    batch: Batch,
+    count: jax.Array,
+    knobs: Knobs,
+    key: jax.Array,
+) -> tuple[Knobs, dict[str, Any]]:
+    """beta-DPO: the step's own beta, and what it leaves in the state. Every pair has a say, so this is a forward pass before the step."""
 
-    def inside(params: Tree, change: Tree) -> tuple[Tree, Accepted]:
-        def along(scale: jax.Array) -> Tree:
-            return jax.tree.map(lambda p, c: p - scale * c, params, change)
+    def part(i: jax.Array) -> jax.Array:
+        one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
+        mine = jax.random.fold_in(key, i) if facts.dropout else None
+        return _margin(sums_of_pairs(statistics(facts, state.params, held, one, mesh, mine), one), one)
 
-        def toward(scale: jax.Array) -> Tree:
-            # So written that a scale of 1 changes no bit.
-            return jax.tree.map(lambda p, c, s: (p - c) + (1 - scale) * (s - (p - c)), params, change, start)
-
-        go, at = (along_update, along) if start is None else (toward_start, toward)
-        taken = go(lambda scale: kl_of(at(scale)), now, limit)
-        chosen = at(taken.scale)
-        return jax.tree.map(lambda p, new: jnp.where(taken.taken, new, p), params, chosen), taken
-
-    return inside
-
-
-def _probe_kl(facts: Facts, held: Frozen, mesh: Mesh) -> Callable[[Tree], jax.Array]:
-    """The exact KL of the probe set under given trained parameters: all token KLs over all scored tokens, nats; no dropout."""
-    probe = held.probe
-    assert probe is not None
-    dtype = jnp.dtype(facts.compute_dtype)
-    base = cast_for_compute(held.base, dtype)
-    reference = _reference(facts, held, base)
-    ref_unembed = None if facts.shared_head else unembedding(facts.reference, reference)
-
-    def sums_of(params: Tree, batch: Batch, ref_hidden: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        policy = overlay(base, cast_for_compute(params, dtype))
-        hidden, _ = _scored(facts, facts.policy, policy, batch, mesh)
-        if ref_hidden is None:
-            ref_hidden, _ = _scored(facts, facts.reference, reference, batch, mesh)
-        stats = _token_stats(facts, mesh, batch, hidden, unembedding(facts.policy, policy), ref_hidden, ref_unembed)
-        sums = _pairs(stats, batch)
-        return jnp.sum(sums.kl), jnp.sum(sums.tokens)
-
-    def kl_of(params: Tree) -> jax.Array:
-        # One micro-batch after the other: they are as large as those of the step.
-        kl, tokens = jax.lax.map(lambda x: sums_of(params, *x), (probe.batch, probe.hidden))
-        return jnp.maximum(jnp.sum(kl) / jnp.sum(tokens), 0.0)
-
-    return kl_of
-
-
-def make_probe_states(facts: Facts, mesh: Mesh) -> Callable[[Frozen, Batch], jax.Array]:
-    """The jitted pass that makes `Probe.hidden` [A, R, K, D] of micro-batches [A, R, ...]."""
-
-    def run(frozen: Frozen, batch: Batch) -> jax.Array:
-        reference = _reference(facts, frozen, cast_for_compute(frozen.base, jnp.dtype(facts.compute_dtype)))
-        return jax.lax.map(lambda one: _scored(facts, facts.reference, reference, one, mesh)[0], batch)
-
-    return jax.jit(_precise(facts, run))
+    zero = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+    _, margin = jax.lax.while_loop(lambda c: c[0] < count, lambda c: (c[0] + 1, c[1] + part(c[0])), zero)
+    threshold = state.beta_threshold["threshold"]
+    after = next_threshold(threshold, knobs.beta, margin, options.beta_momentum)
+    beta = batch_beta(knobs.beta, margin, threshold, options.beta_alpha)
+    return knobs._replace(beta=beta), {"beta_threshold": {"threshold": after}}
 
 
 def make_step(
@@ -319,28 +189,12 @@ def make_step(
     """The jitted train step `(state, frozen, batch, count, knobs, key) -> (state, results)`; `state` is donated.
 
     `batch` has arrays [A, R, ...] of which the first `count` micro-batches hold something. Results: `sums` (`metrics.Sums`),
-    `grad_norm` (before clipping), `finite` and, with a probe set in `frozen`, `accepted` (`trust_region.Accepted`). A step that is not
+    `grad_norm` (before clipping), `finite` and, with a probe set in `frozen`, `accepted` (`trust_region.Accepted`) and the `rate_share` of
+    the learning rate that was in force. A step that is not
     finite leaves parameters and moments as they were, to the bit. That takes no second copy: the choice is made element by element in
     the update, after the gradients are all there. Nor does the trust region: while it tries, the update lies where the gradients did.
     """
     place = state_shardings(abstract, mesh)
-
-    def follow_batch(
-        state: TrainState, held: Frozen, batch: Batch, count: jax.Array, knobs: Knobs, key: jax.Array
-    ) -> tuple[Knobs, dict[str, Any]]:
-        """The step's own beta, and what it leaves in the state. Every pair of the step has a say, so this is a forward pass before it."""
-
-        def part(i: jax.Array) -> jax.Array:
-            one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
-            mine = jax.random.fold_in(key, i) if facts.dropout else None
-            return _margin(_pairs(statistics(facts, state.params, held, one, mesh, mine), one), one)
-
-        zero = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
-        _, margin = jax.lax.while_loop(lambda c: c[0] < count, lambda c: (c[0] + 1, c[1] + part(c[0])), zero)
-        threshold = state.beta_threshold["threshold"]
-        after = next_threshold(threshold, knobs.beta, margin, options.beta_momentum)
-        beta = batch_beta(knobs.beta, margin, threshold, options.beta_alpha)
-        return knobs._replace(beta=beta), {"beta_threshold": {"threshold": after}}
 
     def step(
         state: TrainState, frozen: Frozen, batch: Batch, count: jax.Array, knobs: Knobs, key: jax.Array
@@ -348,7 +202,7 @@ def make_step(
         held = frozen.against(state)
         changed: dict[str, Any] = {}
         if options.beta_alpha > 0:
-            knobs, changed = follow_batch(state, held, batch, count, knobs, key)
+            knobs, changed = _following(facts, options, mesh, state, held, batch, count, knobs, key)
 
         def loss_fn(params: Tree, part: Batch, i: jax.Array | int) -> tuple[jax.Array, Sums]:
             mine = jax.random.fold_in(key, i) if facts.dropout else None
@@ -358,11 +212,17 @@ def make_step(
         grads, sums = _accumulated(grad_fn, state.params, batch, count, place.params)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-        clipped, region = clip(grads, norm, max_grad_norm), _region(facts, state, held, mesh)
-        after, taken = _updated(tx, state, clipped, knobs.learning_rate, finite, changed, region)
-        return after, {"sums": sums, "grad_norm": norm, "finite": finite, "accepted": taken}
+        clipped, bounded = clip(grads, norm, max_grad_norm), bounded_update(facts, state, held, mesh)
+        after, taken = _updated(tx, state, clipped, knobs.learning_rate, finite, changed, bounded)
+        return after, {
+            "sums": sums,
+            "grad_norm": norm,
+            "finite": finite,
+            "accepted": taken,
+            "rate_share": state.region.get("rate"),
+        }
 
-    return jax.jit(_precise(facts, step), donate_argnums=0, out_shardings=(place, replicated(mesh)))
+    return jax.jit(precise(facts, step), donate_argnums=0, out_shardings=(place, replicated(mesh)))
 
 
 def make_sync(mesh: Mesh, abstract: TrainState, mixup: float) -> Callable[[TrainState], TrainState]:
@@ -371,8 +231,8 @@ def make_sync(mesh: Mesh, abstract: TrainState, mixup: float) -> Callable[[Train
 
     def sync(state: TrainState) -> TrainState:
         moved = jax.tree.map(lambda r, p: (1.0 - mixup) * r + mixup * p, state.reference, state.params)
-        probe_kl = jax.tree.map(lambda kl: jnp.full_like(kl, UNKNOWN), state.probe_kl)
-        return state._replace(reference=moved, probe_kl=probe_kl)
+        region = {**state.region, "kl": jnp.float32(UNKNOWN)} if state.region else {}
+        return state._replace(reference=moved, region=region)
 
     return jax.jit(sync, donate_argnums=0, out_shardings=state_shardings(abstract, mesh))
 
@@ -390,10 +250,10 @@ def make_evaluation(
         params: Tree, frozen: Frozen, batch: Batch, knobs: Knobs
     ) -> tuple[jax.Array, PairSums, RouterSums | None]:
         stats, routers = watched_statistics(facts, params, frozen, batch, mesh, None)
-        sums = _pairs(stats, batch)
+        sums = sums_of_pairs(stats, batch)
         return pair_loss(sums, batch.length, knobs.beta, knobs.kl_coef, options, _given(batch)), sums, routers
 
-    return jax.jit(_precise(facts, evaluate), out_shardings=replicated(mesh))
+    return jax.jit(precise(facts, evaluate), out_shardings=replicated(mesh))
 
 
 def make_reference_pass(facts: Facts, mesh: Mesh) -> Callable[[Frozen, Batch], tuple[jax.Array, jax.Array]]:
@@ -403,9 +263,9 @@ def make_reference_pass(facts: Facts, mesh: Mesh) -> Callable[[Frozen, Batch], t
     """
 
     def run(frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        reference = _reference(facts, frozen, cast_for_compute(frozen.base, jnp.dtype(facts.compute_dtype)))
-        hidden, _ = _scored(facts, facts.reference, reference, batch, mesh)
-        stats = _token_stats(facts, mesh, batch, hidden, unembedding(facts.reference, reference))
-        return batch.index, _pairs(stats, batch).logp
+        reference = reference_params(facts, frozen, cast_for_compute(frozen.base, jnp.dtype(facts.compute_dtype)))
+        hidden, _ = scored_states(facts, facts.reference, reference, batch, mesh)
+        stats = stats_of(facts, mesh, batch, hidden, unembedding(facts.reference, reference))
+        return batch.index, sums_of_pairs(stats, batch).logp
 
-    return jax.jit(_precise(facts, run), out_shardings=replicated(mesh))
+    return jax.jit(precise(facts, run), out_shardings=replicated(mesh))

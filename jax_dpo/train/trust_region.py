@@ -8,6 +8,10 @@ is at the limit. That is a projection, so the run goes on along the bound, old u
 update that points outward, as nearly all do there, would be nothing but lost, and the first ones that reached the bound would decide
 the rest of the run. Where the reference is another model than the start there is no such way back, and the update alone is scaled.
 
+A learning rate that is far too high would have the policy thrown out and brought back at every step, which leaves it little more than
+its last update. So the rate is lowered until an update overshoots by no more than `OVERSHOOT` of the way: then the policy is made of
+the last 1 / `OVERSHOOT` updates and more, as the schedule falls. It rises again, slowly, where updates are taken whole.
+
 The limit is `AIM` of `target_kl`, divided by how much higher the KL of the whole evaluation set was than the probe set's when both were
 last seen. Until they were, it is `CAUTION` of `target_kl`: what a few pairs say of all is not known then.
 """
@@ -28,6 +32,10 @@ KNOWN_FROM = 0.1  # of target_kl: below it the ratio of two KLs is not what it w
 MOST_TRIES = 6
 CLOSE = 0.8  # of the limit: where the policy was scaled back, less would be given away
 UNKNOWN = -1.0  # a KL that has not been measured; no KL is below 0
+OVERSHOOT = 0.05  # of the way from the start
+LOWERED, RAISED = 0.2, 1.02  # the rate's share changes by no less and no more in a step
+REGION_START = {"kl": UNKNOWN, "rate": 1.0}
+"""what a trust region remembers (`TrainState.region`), before the first step"""
 
 
 class Accepted(NamedTuple):
@@ -122,6 +130,13 @@ def _tried(
     end = jax.lax.while_loop(goes_on, one, _Try(jnp.float32(1), zero, (zero, zero), nothing, jnp.int32(0)))
     scale, kl = end.best
     return Accepted(jnp.maximum(scale, 0.0), kl, end.tries, scale >= 0)
+
+
+def next_rate(share: jax.Array, scale: jax.Array) -> jax.Array:
+    """The share of the scheduled learning rate for the next step, after a step whose way was scaled by `scale`."""
+    over = 1.0 - scale
+    factor = jnp.where(over > OVERSHOOT, jnp.maximum(OVERSHOOT / over, LOWERED), RAISED)
+    return jnp.minimum(share * factor, 1.0)
 
 
 def limit_of(target_kl: float, ratio: float | None) -> float:

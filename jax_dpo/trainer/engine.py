@@ -29,9 +29,10 @@ from jax_dpo.train.evaluate import EvalSet, evaluate
 from jax_dpo.train.flops import attended_of, cost_of, work_of
 from jax_dpo.train.optimizer import OptimizerOptions, make_optimizer
 from jax_dpo.train.plan import Plan
+from jax_dpo.train.probe import make_probe_states
 from jax_dpo.train.state import Frozen, Knobs, Probe, TrainState
-from jax_dpo.train.step import make_evaluation, make_probe_states, make_step, make_sync
-from jax_dpo.train.trust_region import UNKNOWN, spread_over
+from jax_dpo.train.step import make_evaluation, make_step, make_sync
+from jax_dpo.train.trust_region import REGION_START, spread_over
 from jax_dpo.trainer.datasets import PairSet, Some
 from jax_dpo.trainer.models import (
     Pairing,
@@ -159,8 +160,8 @@ class Engine:
         step = jax.device_put(np.int32(0), replicated(self.mesh))
         moving = moving_reference(self.pairing, params, self.mesh) if self.config.sync_ref_model else {}
         threshold = jax.tree.map(lambda sharding: jax.device_put(np.float32(0), sharding), where.beta_threshold)
-        probe_kl = jax.tree.map(lambda sharding: jax.device_put(np.float32(UNKNOWN), sharding), where.probe_kl)
-        return TrainState(step, params, opt_state, moving, threshold, probe_kl)
+        region = {name: jax.device_put(np.float32(REGION_START[name]), at) for name, at in where.region.items()}
+        return TrainState(step, params, opt_state, moving, threshold, region)
 
     def with_params(self, state: TrainState, policy: Policy) -> TrainState:
         """The state with the trained parameters of another policy of the same shape."""

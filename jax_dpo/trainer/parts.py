@@ -27,7 +27,7 @@ from jax_dpo.train.control import KL_ACTIONS, ControlState, KLControl
 from jax_dpo.train.controllers import AdaptiveBeta, Controller, DualKLCoef, PIBeta
 from jax_dpo.train.evaluate import evaluate
 from jax_dpo.train.flops import matmul_rate, peak_of
-from jax_dpo.train.loop import Parts
+from jax_dpo.train.parts import Parts
 from jax_dpo.train.plan import Plan, interval, total_steps
 from jax_dpo.train.progress import Progress
 from jax_dpo.train.ranking import Ranking

@@ -14,7 +14,7 @@ from jax_dpo.report.terminal import Display
 from jax_dpo.sharding.multihost import from_primary, is_primary
 from jax_dpo.train.agree import raise_together
 from jax_dpo.train.checkpoint import Checkpoints
-from jax_dpo.train.loop import Parts
+from jax_dpo.train.parts import Parts
 from jax_dpo.train.progress import Progress
 from jax_dpo.train.state import TrainState
 from jax_dpo.trainer import outputs

@@ -44,7 +44,7 @@ def test_the_page_names_whatever_a_training_record_has(trainer: Any) -> None:
     known = listed("Training", "Speed and place")
     assert logged <= known
     # What this run has no use for: experts, a reference that is not there, devices whose peak is known, a trust region.
-    region = {f"trust_region/{name}" for name in ("scale", "kl", "limit")}
+    region = {f"trust_region/{name}" for name in ("scale", "rate", "kl", "limit")}
     assert known - logged == {"aux_loss", "kl_estimate", "mfu", *region}
     nothing = dict.fromkeys(Sums._fields, 0.0)
     assert known >= set(named(nothing | {"aux_loss": 1.0})) | set(named(nothing | {"kl_tokens": 1.0}))

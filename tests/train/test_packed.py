@@ -16,8 +16,8 @@ from jax_dpo.arrays import Tree, flatten, unflatten
 from jax_dpo.data.batch import Batch
 from jax_dpo.models.config import ModelConfig
 from jax_dpo.models.decoder import logits
+from jax_dpo.train.forward import statistics
 from jax_dpo.train.state import Frozen
-from jax_dpo.train.step import statistics
 from jax_dpo.trainer.engine import Engine
 
 PAIRS = 8

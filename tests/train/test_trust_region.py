@@ -15,6 +15,7 @@ from jax_dpo.train.trust_region import (
     Accepted,
     along_update,
     limit_of,
+    next_rate,
     ratio_of,
     spread_over,
     toward_start,
@@ -108,6 +109,22 @@ def test_where_the_limit_is_passed_already() -> None:
 def test_a_kl_that_was_not_measured_is_measured_first() -> None:
     known, unknown = (taken(along_update, quadratic(0.4, 0.0, 0.02), now, 0.09) for now in (0.02, None))
     assert (unknown.scale, unknown.kl) == (pytest.approx(known.scale), pytest.approx(known.kl))
+
+
+def test_the_rate_is_lowered_until_updates_overshoot_by_little() -> None:
+    """A plant: each update is worth `gain` times the rate's share of the way to the bound, and the run stands at the bound."""
+    for gain in (0.02, 0.3, 3.0, 40.0):
+        share, shares = jnp.float32(1), []
+        for _ in range(150):
+            scale = jnp.float32(1 / (1 + gain * float(share)))
+            share = next_rate(share, scale)
+            shares.append(float(share))
+        most = 0.05 / 0.95 / gain
+        assert shares[-1] == pytest.approx(min(1.0, most), rel=0.05)
+        assert min(shares) > 0.15 * min(1.0, most), "no further down than it must"
+    assert float(next_rate(jnp.float32(0.5), jnp.float32(1))) == pytest.approx(0.51)
+    assert float(next_rate(jnp.float32(1), jnp.float32(1))) == 1
+    assert float(next_rate(jnp.float32(1), jnp.float32(0.1))) == pytest.approx(0.2)
 
 
 def test_the_limit_follows_what_the_probe_set_says_of_all() -> None:
