@@ -485,10 +485,13 @@ def test_dictionaries_go_in_and_out() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"learning_rate": 1e-5}, "outside 1e-7 to 5e-6"),
+        ({"learning_rate": 5.1e-6}, "outside 1e-7 to 5e-6, the range known to work for full training"),
+        ({"learning_rate": 9e-8}, "usual is 5e-7 to 1e-6"),
         ({"learning_rate": 0}, "nothing will be learned"),
-        ({"beta": 0.5}, "outside 0.05 to 0.3"),
+        ({"beta": 0.31}, "outside 0.05 to 0.3"),
+        ({"beta": 0.04, "loss_type": ["ipo", "hinge"]}, "outside 0.05 to 0.3"),
         ({"per_device_train_batch_size": 1}, "1 pair a step is few"),
+        ({"per_device_train_batch_size": 3}, "3 pairs a step is few: 4 to 8 for experiments"),
         ({"adam_epsilon": 10}, "is large"),
         ({"max_grad_norm": 0}, "does not clip"),
         ({"save_strategy": "no"}, "starts over"),
@@ -516,6 +519,31 @@ def test_unusual_values_warn(options: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("said", [False, True])
 def test_who_says_which_smoothing_is_meant_is_not_warned(said: bool) -> None:
     assert DPOConfig(label_smoothing=0.1, sigmoid_label_smoothing=said).warnings() == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"learning_rate": rate} for rate in (1e-7, 5e-7, 1e-6, 5e-6)),
+        *({"beta": beta} for beta in (0.05, 0.1, 0.3)),
+        *({"per_device_train_batch_size": pairs} for pairs in (4, 8, 16, 32, 64, 256)),
+        # a rate of SGD or Lion says nothing beside one of AdamW; the mean log-ratio of a token takes another beta than a sum
+        {"learning_rate": 1e-2, "optim": "sgd"},
+        {"beta": 5.0, "loss_type": "sigmoid_norm"},
+        {"beta": 0.01, "loss_type": ["ipo", "sft"]},
+    ],
+    ids=str,
+)
+def test_what_is_known_to_work_does_not_warn(options: dict[str, Any]) -> None:
+    """Oracle: the ranges as they are known to work, ends included."""
+    assert DPOConfig(**options).warnings() == []
+
+
+@pytest.mark.parametrize(("rate", "fine"), [(9e-7, False), (1e-6, True), (1e-5, True), (2e-4, True), (3e-4, False)])
+def test_an_adapter_has_a_range_of_its_own(rate: float, fine: bool) -> None:
+    found = DPOConfig(learning_rate=rate).warnings(adapter=True)
+    assert (found == []) == fine
+    assert fine or "1e-6 to 0.0002, the range known to work for an adapter (LoRA)" in found[0]
 
 
 def test_warnings_know_the_adapter_and_the_devices() -> None:

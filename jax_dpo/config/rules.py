@@ -40,6 +40,14 @@ _WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robu
 _WITH_OPTIONAL_SMOOTHING = ("sigmoid", "sigmoid_norm")
 _WITH_SMOOTHING = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
+# Known to work, for AdamW: (range of the learning rate, what is usual). An adapter starts from nothing and takes more.
+FULL_RATES = ((1e-7, 5e-6), "5e-7 to 1e-6")
+ADAPTER_RATES = ((1e-6, 2e-4), "1e-5, for a small model 1e-4")
+BETAS = (0.05, 0.3)
+LEAST_PAIRS = 4
+# Losses of a mean log-ratio per token, which take betas of another size, and the one that reads none.
+_WITH_OTHER_BETAS = {"ipo", "sigmoid_norm", "sft"}
+
 # What lr_scheduler_kwargs may hold for each schedule.
 _SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
     "linear": (),
@@ -275,18 +283,35 @@ def warnings_of(values: Mapping[str, Any], *, adapter: bool, data_parallel: int)
     return [*_unusual(values, adapter, data_parallel), *_without_effect(values)]
 
 
+def _rate_out_of_range(values: Mapping[str, Any], adapter: bool) -> list[str]:
+    rate = values["learning_rate"]
+    if rate == 0:
+        return ["learning_rate 0: nothing will be learned"]
+    if not values["optim"].startswith("adamw"):  # the ranges are those of AdamW
+        return []
+    (low, high), usual = ADAPTER_RATES if adapter else FULL_RATES
+    if low <= rate <= high:
+        return []
+    what = "an adapter (LoRA)" if adapter else "full training"
+    known = f"{low:g} to {high:g}".replace("e-0", "e-")
+    return [f"learning_rate {rate:g} is outside {known}, the range known to work for {what}; usual is {usual}"]
+
+
+def _beta_out_of_range(beta: float, losses: list[str]) -> list[str]:
+    low, high = BETAS
+    if low <= beta <= high or set(losses) <= _WITH_OTHER_BETAS:
+        return []
+    return [f"beta {beta:g} is outside {low:g} to {high:g}, the range known to work"]
+
+
 def _unusual(values: Mapping[str, Any], adapter: bool, data_parallel: int) -> list[str]:
     found = []
-    rate, beta = values["learning_rate"], values["beta"]
-    if rate == 0:
-        found.append("learning_rate 0: nothing will be learned")
-    elif not adapter and values["optim"].startswith("adamw") and not 1e-7 <= rate <= 5e-6:
-        found.append(f"learning_rate {rate:g} is outside 1e-7 to 5e-6, the range known to work for full training")
-    if not 0.05 <= beta <= 0.3:
-        found.append(f"beta {beta:g} is outside 0.05 to 0.3, the range known to work")
+    found += [*_rate_out_of_range(values, adapter), *_beta_out_of_range(values["beta"], values["loss_type"])]
     pairs = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * data_parallel
-    if pairs < 4:
-        found.append(f"{pairs} pair{'s' * (pairs > 1)} a step is few: 4 to 8 for experiments, 16 to 32 is the standard")
+    if pairs < LEAST_PAIRS:
+        found.append(
+            f"{pairs} pair{'s' * (pairs > 1)} a step is few: 4 to 8 for experiments, 16 to 32 is the standard, 64 and more for production"
+        )
     if values["max_steps"] == 0:
         found.append("max_steps 0 is taken as -1: num_train_epochs decides")
     if values["adam_epsilon"] == 0:
