@@ -12,8 +12,8 @@ import pytest
 from jax_dpo.config import DPOConfig, ScriptArguments
 from jax_dpo.config.advice import ADVICE, PYTHON_ADVICE, VALUE_ADVICE
 from jax_dpo.config.kl_rules import KL_ACTIONS, KL_JUDGED_ON
-from jax_dpo.config.rules import DROP_REASONS, LOSS_TYPES, PAIR_COLUMNS, SCHEDULERS
-from jax_dpo.data import check, pairs
+from jax_dpo.config.rules import DATA_FORMATS, DROP_REASONS, LOSS_TYPES, PAIR_COLUMNS, SCHEDULERS
+from jax_dpo.data import check, formats, pairs
 from jax_dpo.data.batch import FIELD_OF
 from jax_dpo.errors import UserError
 from jax_dpo.loss.aot import AOT_TYPES
@@ -94,6 +94,8 @@ OWN_DEFAULTS: dict[str, Any] = {
     "beta_dpo_momentum": 0.9,
     "kl_coef": 0.0,
     "kl_reduction": "token",
+    "data_format": "auto",
+    "tool_arguments": "as_given",
     "kl_actions": [],
     "kl_judged_on": ["eval"],
     "kl_window": 10,
@@ -416,6 +418,7 @@ def test_the_names_known_here_are_those_that_exist_below() -> None:
         "sft",
     }  # the last ones are of a whole micro-batch: the step adds them
     assert set(SCHEDULERS) == set(SCHEDULES)
+    assert DATA_FORMATS == formats.DATA_FORMATS
     assert set(KL_ACTIONS) == set(control.KL_ACTIONS)
     assert set(KL_JUDGED_ON) == set(control.JUDGED_ON)
     assert set(DROP_REASONS) == set(check.DROP_REASONS)

@@ -30,6 +30,7 @@ from jax_dpo.config.fields import (
 )
 from jax_dpo.config.kl_rules import KL_ACTIONS, KL_CONTROLLERS, KL_JUDGED_ON
 from jax_dpo.config.rules import (
+    DATA_FORMATS,
     DROP_REASONS,
     F_DIVERGENCES,
     LOSS_TYPES,
@@ -112,6 +113,20 @@ class DPOConfig(TrainingOptions):
         "Rows are made a multiple of so many tokens long, beyond what the device wants; auto and null ask for nothing more.",
         group="Data",
         check=_MULTIPLE,
+    )
+    data_format: str = option(
+        "auto",
+        "How rows are read: auto also takes the layouts of other tools (ShareGPT, columns under other names, foreign roles, a prompt "
+        "repeated in both answers) and says so; trl takes rows as TRL does; sharegpt, repeated_prompt and transcript insist on that "
+        "layout.",
+        group="Data",
+        choices=DATA_FORMATS,
+    )
+    tool_arguments: str = option(
+        "as_given",
+        "Arguments of tool calls that are JSON text: as_given to the chat template, as TRL does, or parsed into objects.",
+        group="Data",
+        choices=("as_given", "parsed"),
     )
     drop_rows: list[str] = option(
         ["invalid"],

@@ -32,6 +32,7 @@ LOSS_TYPES = (
 )
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 PAIR_COLUMNS = ("beta", "margin", "label", "weight")
+DATA_FORMATS = ("auto", "trl", "sharegpt", "repeated_prompt", "transcript")
 DROP_REASONS = ("invalid", "empty", "identical", "torn", "duplicate", "small_gap")
 
 # Losses whose scores go through the f-divergence; the others take the plain log-ratios.

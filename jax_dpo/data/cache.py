@@ -26,7 +26,7 @@ from jax_dpo.data.atomic import PART, replacing
 from jax_dpo.data.tokens import Facts, TokenTable
 
 # Raise it with every change of the rules that make a TokenTable.
-_FORMAT = 3
+_FORMAT = 4
 _MAGIC = b"JAXDPOT1"
 _ALIGN = 64
 _ARRAYS = {
@@ -50,10 +50,12 @@ def default_cache_dir() -> Path:
     return Path(base).expanduser() / "jax_dpo" / "tokens"
 
 
-def entry_key(rows_fingerprint: str, tokenizer_key: str, columns: Sequence[str] = ()) -> str:
+def entry_key(
+    rows_fingerprint: str, tokenizer_key: str, columns: Sequence[str] = (), reading: Sequence[str] = ()
+) -> str:
     """The name of the entry for these rows, this tokenizer and the columns that are read of each pair."""
     versions = [_version(name) for name in ("tokenizers", "transformers")]
-    parts = [_FORMAT, rows_fingerprint, tokenizer_key, *versions, sorted(columns)]
+    parts = [_FORMAT, rows_fingerprint, tokenizer_key, *versions, sorted(columns), list(reading)]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
 
 

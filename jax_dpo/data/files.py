@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax_dpo.data.formats import columns_to_read
 from jax_dpo.data.pairs import READ_COLUMNS
 from jax_dpo.errors import UserError
 
@@ -163,7 +164,7 @@ def _read_parquet(path: Path) -> FileRows:
         with pq.ParquetFile(path) as file:
             columns = tuple(file.schema_arrow.names)
             # Only what is used: the other columns of published sets are often larger than the pairs.
-            table = file.read(columns=[c for c in columns if c in READ_COLUMNS])
+            table = file.read(columns=columns_to_read(columns, READ_COLUMNS))
     except pa.ArrowException as error:
         raise UserError("data-file-damaged", f"{path} is no complete Parquet file: {error}. Fetch it again.") from error
     parts = {name: _column_values(table.column(name)) for name in table.column_names}

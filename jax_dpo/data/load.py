@@ -19,6 +19,7 @@ import numpy as np
 
 from jax_dpo.data.directory import directory_splits, is_saved_dataset, saved_dataset_splits
 from jax_dpo.data.files import file_format, file_stem, read_file
+from jax_dpo.data.formats import columns_to_read
 from jax_dpo.data.hub import is_hub_name, load_from_hub
 from jax_dpo.data.pairs import READ_COLUMNS
 from jax_dpo.errors import UserError
@@ -118,7 +119,9 @@ def stream_rows(source: Any, most: int | None = None) -> Any:
         rows = source.rows
         return rows if most is None or most >= len(rows) else rows.select(np.arange(most), rows.name)
     return [
-        {k: v for k, v in row.items() if k in READ_COLUMNS} if isinstance(row, Mapping) and "chosen" in row else row
+        {k: row[k] for k in columns_to_read(list(row), READ_COLUMNS)}
+        if isinstance(row, Mapping) and "chosen" in row
+        else row
         for row in islice(iter(source), most)
     ]
 
@@ -297,7 +300,7 @@ def _dataset_rows(dataset: Any) -> Loaded:
     if dataset.format["type"] == "custom":  # the user's own transform makes the columns
         values = list(dataset)
         return Loaded(values, np.arange(1, len(values) + 1), np.zeros(len(values), np.int32), None)
-    kept = dataset.select_columns([c for c in columns if c in READ_COLUMNS]).with_format(None)
+    kept = dataset.select_columns(columns_to_read(columns, READ_COLUMNS)).with_format(None)
     values = list(kept) if kept.column_names else [{}] * len(dataset)
     return Loaded(values, np.arange(1, len(values) + 1), np.zeros(len(values), np.int32), columns)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -105,17 +105,20 @@ def layout_of(values: Sequence[Any], name: str) -> Layout:
     return Layout(any(isinstance(row, dict) and "prompt" in row for row in values), False)
 
 
-def read_pair(row: Any, layout: Layout, columns: Sequence[str] = ()) -> Pair | str:
+def read_pair(
+    row: Any, layout: Layout, columns: Sequence[str] = (), roles: Collection[str] | None = None
+) -> Pair | str:
     """The pair of a row, or, where the row is invalid, a sentence that says what was found and what was expected.
 
     columns: those of `PAIR_COLUMNS` that are read; a row without a usable number there is invalid.
+    roles: those that a turn may have; None for any.
     """
     if not isinstance(row, dict):
         return f"the row is {_kind(row)}, an object with chosen and rejected was expected"
     if not layout.explicit and row.get("prompt") is not None:
         return "the row has a prompt, the first row has none: give all rows a prompt or none"
     for key in ("prompt", "chosen", "rejected") if layout.explicit else ("chosen", "rejected"):
-        problem = _side_problem(row, key, layout)
+        problem = _side_problem(row, key, layout) or _role_problem(row[key], key, roles)
         if problem:
             return problem
     tools, problem = _tools(row.get("tools"))
@@ -209,6 +212,16 @@ def _side_problem(row: dict[str, Any], key: str, layout: Layout) -> str | None:
     if not value:
         return f"{key} is an empty list, at least one message was expected"
     return next((problem for i, m in enumerate(value) if (problem := _message_problem(m, f"{key}[{i}]"))), None)
+
+
+def _role_problem(side: Any, key: str, roles: Collection[str] | None) -> str | None:
+    if roles is None or isinstance(side, str):
+        return None
+    for i, message in enumerate(side):
+        if message["role"] not in roles:
+            known = ", ".join(roles)
+            return f"{key}[{i}].role is {message['role']!r}, expected one of {known} (data_format: trl takes any role)"
+    return None
 
 
 def _message_problem(message: Any, place: str) -> str | None:

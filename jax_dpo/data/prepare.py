@@ -14,6 +14,7 @@ import numpy as np
 
 from jax_dpo.data.cache import default_cache_dir, entry_key, entry_path, read_entry, write_entry
 from jax_dpo.data.check import DROP_REASONS, TOO_LONG, Drop, check_drop_rows, name_rows, select_rows
+from jax_dpo.data.formats import AS_GIVEN, AUTO
 from jax_dpo.data.load import Rows, load_rows
 from jax_dpo.data.pairs import PAIR_COLUMNS
 from jax_dpo.data.tokenize import tokenize_rows, tokenizer_fingerprint
@@ -27,6 +28,7 @@ class DataOptions:
 
     columns: which of `PAIR_COLUMNS` are read of each pair (`pair_columns`); with `columns_needed` a data set that has not even the column
         is an error, else its pairs are as if nothing were said of them.
+    data_format, tool_arguments: how the rows of other tools are read (`formats.read_as`).
     cache_dir: where tokenized data is kept; None is the default place (`cache.default_cache_dir`).
     use_cache: False tokenizes anew and keeps nothing.
     Raises `UserError` for a value that cannot be.
@@ -39,6 +41,8 @@ class DataOptions:
     min_gap: float = 0.15
     columns: tuple[str, ...] = ()
     columns_needed: bool = True
+    data_format: str = AUTO
+    tool_arguments: str = AS_GIVEN
     cache_dir: str | Path | None = None
     use_cache: bool = True
 
@@ -180,20 +184,24 @@ def _table(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[TokenTable, list[str], bool]:
     """The tokenized rows, what there is to say of the cache, and whether they came from it."""
+    o = options
+    reading: Any = {"columns": o.columns, "data_format": o.data_format, "tool_arguments": o.tool_arguments}
     if not options.use_cache:
-        return tokenize_rows(rows, tokenizer_loader(), columns=options.columns, progress=progress), [], False
+        return tokenize_rows(rows, tokenizer_loader(), **reading, progress=progress), [], False
     tokenizer = None
     if tokenizer_key is None:
         tokenizer = tokenizer_loader()
         tokenizer_key = tokenizer_fingerprint(tokenizer)
     directory = Path(options.cache_dir).expanduser() if options.cache_dir is not None else default_cache_dir()
-    path = entry_path(directory, entry_key(rows.fingerprint, tokenizer_key, options.columns))
+    path = entry_path(
+        directory, entry_key(rows.fingerprint, tokenizer_key, o.columns, (o.data_format, o.tool_arguments))
+    )
     table = read_entry(path)
     if table is not None:
         return table, [], True
     warnings = [f"The cached tokens of {rows.name} were damaged ({path}); they are made anew."] if path.exists() else []
     tokenizer = tokenizer if tokenizer is not None else tokenizer_loader()
-    table = tokenize_rows(rows, tokenizer, columns=options.columns, progress=progress)
+    table = tokenize_rows(rows, tokenizer, **reading, progress=progress)
     problem = write_entry(path, table)
     if problem is not None:
         warnings.append(
@@ -219,7 +227,12 @@ def _warnings(
     pairs: TokenizedPairs, drops: list[Drop], flagged: dict[str, list[int]], options: DataOptions, name: str
 ) -> list[str]:
     """What the user should know of the data before a run."""
-    table, found = pairs.table, []
+    table = pairs.table
+    found = []
+    if table.facts.read_as:
+        changes = "; ".join(table.facts.read_as)
+        found.append(f"{name}: read as TRL's layout: {changes}. With data_format: trl the rows are taken as they are.")
+    found += [f"{name}: {hint}." for hint in table.facts.hints]
     invalid = [drop for drop in drops if drop.reason == "invalid"]
     if invalid:
         found.append(

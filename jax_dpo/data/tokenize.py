@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jax_dpo.data.formats import AS_GIVEN, AUTO, ROLES, TRL, hints, read_as
 from jax_dpo.data.load import Rows
 from jax_dpo.data.pairs import PAIR_COLUMNS, READ_COLUMNS, Layout, Pair, is_blank, layout_of, read_pair
 from jax_dpo.data.tokens import EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, MOVED, TORN, Facts, TokenTable
@@ -54,6 +56,8 @@ def tokenize_rows(
     tokenizer: Any,
     *,
     columns: Sequence[str] = (),
+    data_format: str = AUTO,
+    tool_arguments: str = AS_GIVEN,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenTable:
     """Tokenize every row that can be; the others are in `facts.invalid` with what is wrong with each.
@@ -61,11 +65,13 @@ def tokenize_rows(
     tokenizer: a transformers tokenizer. Texts go to it in batches; no process is started.
     columns: those of `PAIR_COLUMNS` that are read. A row that lacks one is invalid; one that no row has is in
         `facts.absent_columns`.
+    data_format, tool_arguments: how rows are read, see `formats.read_as`.
     progress: called with (rows done, rows in all) now and then.
 
     Raises `UserError`: no rows; conversations but no chat template; text but no end-of-sequence token.
     """
-    values = rows.rows
+    values = read_as(rows.rows, data_format, tool_arguments, rows.name)
+    roles = None if data_format == TRL else ROLES
     layout = layout_of(values, rows.name)
     _check_tokenizer(tokenizer, layout, rows.name)
     there = [c for c in columns if any(isinstance(row, dict) and c in row for row in values)]
@@ -76,7 +82,7 @@ def tokenize_rows(
         stop = min(start + _CHUNK, len(values))
         good: list[tuple[int, Pair, list[str]]] = []
         for i in range(start, stop):
-            pair = read_pair(values[i], layout, there)
+            pair = read_pair(values[i], layout, there, roles)
             texts = _texts(pair, tokenizer, layout) if isinstance(pair, Pair) else pair
             if isinstance(pair, Pair) and not isinstance(texts, str):
                 good.append((i, pair, texts))
@@ -90,7 +96,15 @@ def tokenize_rows(
                 moved_end = str(tokenizer.decode(end.tolist()))
         if progress is not None:
             progress(stop, len(values))
-    return _table(rows, layout, entries, invalid, moved_end, columns, there)
+    table = _table(rows, layout, entries, invalid, moved_end, columns, there)
+    stood_in = values.stood_in()
+    facts = replace(
+        table.facts,
+        unread_columns=[c for c in table.facts.unread_columns if c not in stood_in],
+        read_as=values.said,
+        hints=hints(values, data_format, tool_arguments),
+    )
+    return replace(table, facts=facts)
 
 
 def tokenizer_fingerprint(source: Any) -> str:

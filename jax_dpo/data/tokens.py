@@ -22,6 +22,7 @@ class Facts:
 
     `invalid` holds (row index, file index, row number, what is wrong) of every row that could not be tokenized.
     `unread_columns` are columns that nothing here uses, `absent_columns` those that should be read and that no row has.
+    `read_as` are the changes by which rows became TRL's (`formats`), `hints` what may have been meant otherwise.
     `moved_end` is the end of the first prompt that the common-prefix rule took off, as text.
     """
 
@@ -32,6 +33,8 @@ class Facts:
     unread_columns: list[str] = field(default_factory=list)
     moved_end: str = ""
     absent_columns: list[str] = field(default_factory=list)
+    read_as: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

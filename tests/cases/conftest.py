@@ -1,0 +1,72 @@
+"""The inputs of the cases, and the checkpoints that they need, made out of the small recorded models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS / "run"))  # the runner of the command line, tiny.py
+
+INPUTS = TESTS / "cases" / "inputs"
+# Ids of (BOS, EOS, pad) of the tokenizers, where they are not those of the model.
+_SPECIAL = {"llama2": (0, 1, 2), "bos_eos_nopad": (0, 1, None)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One device and caches of their own, as in tests/run."""
+    import jax
+
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(jax, "devices", lambda *_: first)
+        patch.setattr(jax, "device_count", lambda *_: 1)
+        yield
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a copy of the inputs, which is the working directory: users name files as they see them."""
+    folder = tmp_path / "inputs"
+    shutil.copytree(INPUTS, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Sets values of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2) + "\n")
+
+
+@pytest.fixture(scope="session")
+def start_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A checkpoint: the recorded qwen3 (tied head, 512 ids, RoPE base 1e6) with a tokenizer, and another template where one is named."""
+
+    def make(tokenizer: str = "chatml", template: str | None = None, **config: Any) -> Path:
+        out = tmp_path_factory.mktemp("start") / "START"
+        shutil.copytree(TESTS / "golden" / "training" / "start" / "qwen3", out)
+        shutil.copytree(TESTS / "golden" / "tokenizers" / tokenizer, out, dirs_exist_ok=True)
+        if template is not None:
+            shutil.copy(INPUTS / template, out / "chat_template.jinja")
+        ids = _SPECIAL.get(tokenizer)
+        if ids is not None:
+            named = dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids))
+            edit(out / "config.json", **named)
+            edit(out / "generation_config.json", **named)
+        edit(out / "config.json", max_position_embeddings=1024, **config)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def start(start_of: Callable[..., Path]) -> Path:
+    return start_of()
