@@ -57,6 +57,7 @@ def page(run: Run, run_dir: Path) -> str:
         hero(run),
         tiles(run),
         sections.gates(run),
+        sections.diagnosis(run),
         sections.warnings(run),
         sections.about(run),
         sections.curves(run),
@@ -138,7 +139,7 @@ def tiles(run: Run) -> Markup | None:
     first, last = run.evals_of(name)[0], run.evals_of(name)[-1]
     bound = run.target_kl
     kl = fmt.finite(eval_value(last, "kl_divergence"))
-    pairs = _pairs(run, name)
+    pairs = run.pairs_of(name)
     boxes = [
         _tile(
             "Held-out accuracy",
@@ -211,12 +212,6 @@ def _tile(
 
 def _since(first: Record, last: Record, text: str) -> str | None:
     return None if first is last else f"at step {first['step']:,}: {text}"
-
-
-def _pairs(run: Run, name: str | None) -> int | None:
-    sets = part(part(run.start, "data"), "eval")
-    kept = part(sets, name or next(iter(sets), "")).get("kept")
-    return int(kept) if kept else None
 
 
 def _error(record: Record, pairs: int | None) -> str | None:

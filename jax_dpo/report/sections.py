@@ -10,6 +10,7 @@ from typing import Any
 from jax_dpo.report import format as fmt
 from jax_dpo.report import summary
 from jax_dpo.report.charts import Chart, Line, Marker, Series, draw
+from jax_dpo.report.diagnosis import NAMES, diagnose
 from jax_dpo.report.markup import Markup, el, join
 from jax_dpo.report.records import Record
 from jax_dpo.report.summary import Run, eval_value, part
@@ -104,6 +105,22 @@ def gates(run: Run) -> Markup | None:
         )
     head = ("Gate", "Result", "Value", "Bound", "Why")
     return section("gates", "Gates", table("What the run was judged by at its end", head, rows, "stack"))
+
+
+def diagnosis(run: Run) -> Markup | None:
+    """What the run suffers from; made anew from the records, so that it is there in the middle of a run and after an error too."""
+    found = diagnose(run)
+    if not found:
+        if run.verdict is None:
+            return None
+        return section("diagnosis", "Diagnosis", el("p", f"None of the known diseases was found: {', '.join(NAMES)}."))
+    rows = []
+    for one in found:
+        mark = {"serious": "bad", "warning": "warn"}.get(one.severity, "quiet")
+        why = el("div", el("span", one.text), el("span", one.advice, cls="advice"))
+        rows.append((one.name, el("span", one.severity, cls=f"pill {mark}"), why))
+    head = ("Found", "How bad", "What was seen, and what to change")
+    return section("diagnosis", "Diagnosis", table("What stands out in the numbers of the run", head, rows, "stack"))
 
 
 def _value(value: Any) -> str:

@@ -102,6 +102,12 @@ class Run:
     def evals_of(self, name: str | None) -> list[Record]:
         return [r for r in self.evals if r.get("set") == name]
 
+    def pairs_of(self, name: str | None) -> int | None:
+        """How many pairs an evaluation set has."""
+        sets = part(part(self.start, "data"), "eval")
+        kept = part(sets, name or next(iter(sets), "")).get("kept")
+        return int(kept) if kept else None
+
     @property
     def best(self) -> dict[str, Any] | None:
         """`step`, `path` and `score` of the best checkpoint."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Records that go on the table of evaluations, or leave it as it is.
 _IN_TABLE = ("train", "eval", "checkpoint", "kl_action")
+_SEVERITIES = {"serious": "bold red", "warning": "yellow"}
 _MARKS = {"passed": "green", "failed": "bold red"}
 # The order in which the live line gives up its parts where the terminal is narrow.
 _DISPENSABLE = ("speed", "accuracy", "margin", "loss")
@@ -245,8 +246,18 @@ class Terminal:
                 why += f"\n{gate['advice']}"
             table.add_row(self._text(gate.get("name")), self._text(status, _MARKS.get(status, "dim")), self._text(why))
         self._show_table("Gates", table)
+        if record.get("findings"):
+            self._show_table("Diagnosis", self._findings(record["findings"]))
 
     # How it is put together
+
+    def _findings(self, found: Sequence[Mapping[str, Any]]) -> Table:
+        table = self._table("found", "how bad", "what was seen, and what to change")
+        for one in found:
+            severity = str(one.get("severity"))
+            words = self._text(f"{one.get('text')}\n{one.get('advice')}")
+            table.add_row(self._text(one.get("name")), self._text(severity, _SEVERITIES.get(severity, "dim")), words)
+        return table
 
     def _before_after(self, first: Record, last: Record) -> Table:
         table = self._table("", f"before (step {first['step']})", f"after (step {last['step']})")

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_dpo.errors import GATE_FAILED, OK
+from jax_dpo.report.diagnosis import Finding
 from jax_dpo.report.trend import Trend, fit
 from jax_dpo.train.digest import write_json
 from jax_dpo.train.disk import disk_error
@@ -91,7 +92,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The gates of a run, its best and last checkpoint, and how the process is to end."""
+    """The gates of a run, its best and last checkpoint, how the process is to end, and what else was found (`report/diagnosis.py`)."""
 
     gates: tuple[Gate, ...]
     best: Mapping[str, Any] | None
@@ -99,6 +100,7 @@ class Verdict:
     set: str | None
     headline: str
     exit_code: int = field(default=OK)
+    findings: tuple[Finding, ...] = ()
 
     @property
     def passed(self) -> bool:

@@ -18,14 +18,18 @@ def length_effect(sums: PairSums, beta: float | np.ndarray) -> dict[str, float]:
       beta: of all pairs, or [N] of each.
 
     Returns:
-      `length/difference` mean of d in tokens, `length/chosen_longer` share of pairs with d > 0, `length/margin_slope` b in
-      reward per token, `length/margin_correlation` r. The last two are absent where they are not defined: lengths that
-      do not differ, margins that are all equal or not finite.
+      `length/chosen` and `length/rejected` mean tokens of an answer, `length/chosen_longer` share of pairs with d > 0,
+      `length/margin_slope` b in reward per token, `length/margin_correlation` r. The last two are absent where they are
+      not defined: a d that is the same in all pairs, margins that are all equal or not finite.
     """
     tokens, logratio = np.asarray(sums.tokens, np.float64), np.asarray(sums.logratio, np.float64)
     difference = tokens[:, CHOSEN] - tokens[:, REJECTED]
     margin = beta * (logratio[:, CHOSEN] - logratio[:, REJECTED])
-    found = {"length/difference": float(difference.mean()), "length/chosen_longer": float((difference > 0).mean())}
+    found = {
+        "length/chosen": float(tokens[:, CHOSEN].mean()),
+        "length/rejected": float(tokens[:, REJECTED].mean()),
+        "length/chosen_longer": float((difference > 0).mean()),
+    }
     if not np.isfinite(margin).all():
         return found
     d, m = difference - difference.mean(), margin - margin.mean()

@@ -286,8 +286,9 @@ class DPOTrainer(TrlSurface):
             except Exception as error:
                 with suppress(Exception):  # the error is what matters, also where the log cannot be written
                     step = max((r["step"] for r in log.records()), default=0)
-                    text = str(error).splitlines()[:1]
-                    parts.writers.write({"kind": "end", "step": step, "reason": "error", "message": "".join(text)})
+                    first, _, rest = str(error).partition("\n")
+                    named = {"error": error.name, "advice": rest} if isinstance(error, UserError) else {}
+                    parts.writers.write({"kind": "end", "step": step, "reason": "error", "message": first, **named})
                     parts.report()
                 raise
             finally:

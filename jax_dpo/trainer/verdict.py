@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jax_dpo.report.diagnosis import diagnose
 from jax_dpo.sharding.multihost import wait_for_all
 from jax_dpo.train.gates import Facts, judge, write_verdict
 from jax_dpo.train.loop import Loop
@@ -55,6 +57,7 @@ def conclude(run: Run, loop: Loop, *, primary: bool) -> int:
             sync_steps=plan.sync_steps,
         ),
     )
+    verdict = replace(verdict, findings=tuple(diagnose(records, verdict.set)))
     parts.display.write(parts.writers.write({"kind": "verdict", "step": progress.step, **verdict.to_dict()}))
     seconds = time.time() - run.began
     parts.display.write(parts.writers.write(_end(loop, seconds)))

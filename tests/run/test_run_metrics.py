@@ -53,7 +53,7 @@ def test_the_page_names_whatever_a_training_record_has(trainer: Any) -> None:
 def test_the_page_names_whatever_an_evaluation_has_under_the_name_of_its_set(trainer: Any) -> None:
     whatever = {name for name in named(dict.fromkeys(Sums._fields, 1.0)) if name != "aux_loss"}
     own = listed("Evaluation")
-    lengths = ("length/difference", "length/chosen_longer")
+    lengths = ("length/chosen", "length/rejected", "length/chosen_longer")
     base = ("loss", "runtime", "samples_per_second", "steps_per_second", "num_tokens", *lengths)
     of_lines = {"eval_length/margin_slope", "eval_length/margin_correlation"}  # all answers here are of one length
     assert own == {f"eval_{n}" for n in base} | of_lines

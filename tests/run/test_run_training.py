@@ -24,7 +24,7 @@ EVAL = {
 }
 EVAL -= {"eval_tokens_per_second", "eval_pairs_per_second", "eval_row_fill"}
 EVAL |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "beta"}
-EVAL |= {"eval_length/difference", "eval_length/chosen_longer"}
+EVAL |= {f"eval_length/{name}" for name in ("chosen", "rejected", "chosen_longer")}
 
 SEQUENCE = tiny.PROMPT + tiny.ANSWER
 

@@ -348,7 +348,7 @@ def test_verdict_json(tmp_path: Path) -> None:
 
     read = json.loads((tmp_path / "verdict.json").read_text(), parse_constant=refuse)
     assert read == found.to_dict()
-    assert set(read) == {"passed", "gates", "best", "final", "set", "headline", "exit_code"}
+    assert set(read) == {"passed", "gates", "best", "final", "set", "headline", "exit_code", "findings"}
     assert read["best"] == {"step": 20, "path": "checkpoint-20", "score": 0.5}
     assert read["final"] == {"step": 20}
     assert read["passed"] is False and read["exit_code"] == 3

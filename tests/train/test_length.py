@@ -24,11 +24,11 @@ def test_the_line_of_margins_over_lengths(own_beta: bool) -> None:
     m = beta * (logratio[:, 0].astype(np.float64) - logratio[:, 1])
     slope, intercept = np.polyfit(d, m, 1)
     found = length_effect(sums(tokens, logratio), beta)
-    assert found["length/difference"] == pytest.approx(d.mean())
+    assert [found["length/chosen"], found["length/rejected"]] == pytest.approx(tokens.mean(0).tolist())
     assert found["length/chosen_longer"] == (d > 0).mean()
     assert found["length/margin_slope"] == pytest.approx(slope)
     assert found["length/margin_correlation"] == pytest.approx(np.corrcoef(d, m)[0, 1])
-    assert m.mean() == pytest.approx(intercept + found["length/margin_slope"] * found["length/difference"])
+    assert m.mean() == pytest.approx(intercept + found["length/margin_slope"] * d.mean())
 
 
 @pytest.mark.parametrize("case", ["equal lengths", "equal margins", "not finite"])
@@ -41,4 +41,6 @@ def test_where_there_is_no_line(case: str) -> None:
         logratio[:] = 0.0
     else:
         logratio[1, 0] = np.nan
-    assert set(length_effect(sums(tokens, logratio), 0.1)) == {"length/difference", "length/chosen_longer"}
+    assert set(length_effect(sums(tokens, logratio), 0.1)) == {
+        f"length/{name}" for name in ("chosen", "rejected", "chosen_longer")
+    }
