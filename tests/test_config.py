@@ -87,6 +87,9 @@ TRL_DEFAULTS: dict[str, Any] = {
     "ref_model_sync_steps": 512,
 }
 OWN_DEFAULTS: dict[str, Any] = {
+    "curriculum_by": "score",
+    "curriculum_buckets": 10,
+    "curriculum_later_epochs": "random",
     "target_kl": 0.1,
     "sigmoid_label_smoothing": None,
     "pair_columns": [],

@@ -70,6 +70,8 @@ _SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
     ),
 }
 SCHEDULERS = tuple(_SCHEDULER_KWARGS)
+# What only train_sampling_strategy curriculum reads, with its defaults.
+_OF_CURRICULUM = (("curriculum_by", "score"), ("curriculum_buckets", 10), ("curriculum_later_epochs", "random"))
 # What only sync_ref_model reads, with its defaults.
 _OF_SYNC = (("ref_model_mixup_alpha", 0.6), ("ref_model_sync_steps", 512))
 _RAMPS = ("linear", "cosine", "1-sqrt")
@@ -367,8 +369,15 @@ def _without_effect(values: Mapping[str, Any]) -> list[str]:
     if values["beta_dpo_momentum"] != 0.9 and values["beta_dpo_alpha"] == 0:
         found.append("beta_dpo_momentum has no effect: beta_dpo_alpha is 0")
     found += _smoothing_without_effect(values["label_smoothing"], values["sigmoid_label_smoothing"], losses)
-    if values["precompute_ref_batch_size"] is not None and not values["precompute_ref_log_probs"]:
+    ordered = values["train_sampling_strategy"] == "curriculum"
+    beforehand = values["precompute_ref_log_probs"] or (ordered and values["curriculum_by"] == "reference")
+    if values["precompute_ref_batch_size"] is not None and not beforehand:
         found.append("precompute_ref_batch_size can do nothing: precompute_ref_log_probs is false")
+    unordered = [name for name, usual in _OF_CURRICULUM if values[name] != usual]
+    if unordered and not ordered:
+        found.append(
+            f"{' and '.join(unordered)} can do nothing: train_sampling_strategy is {values['train_sampling_strategy']}, not curriculum"
+        )
     moving = [name for name, usual in _OF_SYNC if values[name] != usual]
     if moving and not values["sync_ref_model"]:
         found.append(f"{' and '.join(moving)} can do nothing: sync_ref_model is false, so the reference stays as it is")

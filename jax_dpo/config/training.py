@@ -63,9 +63,30 @@ class TrainingOptions:
     )
     train_sampling_strategy: str = option(
         "random",
-        "Order of the pairs: random (new in each epoch, TRL's order for the same seed) or sequential (the file's own order).",
+        "Order of the pairs: random (new in each epoch, TRL's order for the same seed), sequential (the file's own order) or curriculum "
+        "(easy to hard: pairs with a wide gap first, see the options of the curriculum).",
         group="Steps and batches",
-        choices=("random", "sequential"),
+        choices=("random", "sequential", "curriculum"),
+    )
+    curriculum_by: str = option(
+        "score",
+        "Where the gap of a pair comes from: score (chosen's score minus rejected's, from the columns that drop_rows small_gap reads) or "
+        "reference (log ref(chosen) - log ref(rejected), computed before the training and kept for later runs).",
+        group="Curriculum",
+        choices=("score", "reference"),
+    )
+    curriculum_buckets: int = option(
+        10,
+        "Equal parts that the pairs are cut into by their gap; inside each the order is random. 1 is random order, as many as there are "
+        "pairs is the order of the gaps alone.",
+        group="Curriculum",
+        check=at_least(1),
+    )
+    curriculum_later_epochs: str = option(
+        "random",
+        "Order of the epochs after the first: random, or the curriculum once more, shuffled anew inside the buckets.",
+        group="Curriculum",
+        choices=("random", "curriculum"),
     )
 
     dataloader_drop_last: bool = option(

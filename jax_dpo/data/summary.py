@@ -11,6 +11,7 @@ from jax_dpo.data.check import DROP_REASONS, TOO_LONG, name_rows
 from jax_dpo.data.prepare import PreparedData
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
+GAP_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def check_report(data: PreparedData, tokenizer: Any | None = None, *, example: i
             lines.append(
                 f"  column {column}: {values.min():.6g} to {values.max():.6g}, mean {values.astype(np.float64).mean():.6g}"
             )
+    lines += _gap_lines(data)
     lines += _length_table(s)
     if data.drops:
         lines += ["", "Rows left out:"]
@@ -119,10 +121,27 @@ def check_report(data: PreparedData, tokenizer: Any | None = None, *, example: i
     return "\n".join(lines)
 
 
+def _gap_lines(data: PreparedData) -> list[str]:
+    """How the score gaps of the pairs that are left are spread, where the data have scores."""
+    gaps = data.pairs.gap
+    scored = gaps[np.isfinite(gaps)]
+    if not len(scored):
+        return []
+    values = "  ".join(
+        f"{_quantile_name(q)} {x:.4g}" for q, x in zip(GAP_QUANTILES, np.quantile(scored, GAP_QUANTILES))
+    )
+    without = len(gaps) - len(scored)
+    return [f"  score gap, chosen - rejected: {values}" + (f"; {without} pairs have no scores" if without else "")]
+
+
+def _quantile_name(q: float) -> str:
+    return "least" if q == 0 else "most" if q == 1 else f"{q:.0%}"
+
+
 def _length_table(summary: DataSummary) -> list[str]:
     if not summary.lengths:
         return []
-    head = ["least" if q == 0 else "most" if q == 1 else f"{q:.0%}" for q in QUANTILES]
+    head = [_quantile_name(q) for q in QUANTILES]
     lines = ["", f"{'Tokens':<10}" + "".join(f"{h:>8}" for h in head)]
     return lines + [f"{name:<10}" + "".join(f"{v:>8}" for v in values) for name, values in summary.lengths.items()]
 

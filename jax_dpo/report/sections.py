@@ -44,6 +44,7 @@ def about(run: Run) -> Markup:
         ("Trained", summary.trained_sentence(start)),
         ("Reference", str(start.get("reference") or fmt.NONE)),
         *((f"Data, {name}", text) for name, text in summary.data_sentences(start)),
+        *(("Order", text) for text in summary.order_sentences(start)),
         ("Devices", summary.device_sentence(start)),
         ("Plan", summary.plan_sentence(start)),
     ]
@@ -62,7 +63,23 @@ def about(run: Run) -> Markup:
         else el("p", "Every option has its default.")
     )
     title = f"{count} option{'' if count == 1 else 's'} that differ{'s' if count == 1 else ''} from the defaults"
-    return section("about", "What was trained on what", facts(rows), el("details", el("summary", title), inside))
+    more = el("details", el("summary", title), inside)
+    return section("about", "What was trained on what", facts(rows), _buckets(start), more)
+
+
+def _buckets(start: Record) -> Markup | None:
+    """The buckets of a curriculum, each with its gaps."""
+    order = part(start, "curriculum")
+    ranges = [r for r in order.get("ranges") or () if isinstance(r, dict)]
+    if not ranges:
+        return None
+    rows = [
+        (str(i), fmt.whole(r.get("pairs")), summary.gap(r.get("widest")), summary.gap(r.get("narrowest")))
+        for i, r in enumerate(ranges, 1)
+    ]
+    more = f", the first {len(rows)} of {fmt.whole(order['buckets'])}" if order.get("buckets", 0) > len(rows) else ""
+    inside = table(f"Buckets in the order of the run{more}", ("Bucket", "Pairs", "Widest gap", "Narrowest gap"), rows)
+    return el("details", el("summary", "Buckets of the curriculum and their gaps"), inside)
 
 
 def warnings(run: Run) -> Markup | None:

@@ -288,6 +288,27 @@ def _rows(facts: dict[str, Any]) -> str:
     return text
 
 
+def order_sentences(start: Record) -> list[str]:
+    """The order of a curriculum in one sentence; nothing where the order is another."""
+    order = part(start, "curriculum")
+    if not order:
+        return []
+    count, ranges = order.get("buckets") or 1, [r for r in order.get("ranges") or () if isinstance(r, dict)]
+    most = max((r.get("pairs") or 0 for r in ranges), default=0)
+    text = (
+        f"easy to hard by {fmt.plain(order.get('source') or fmt.NONE)}, gaps from {gap(order.get('widest'))} to "
+        f"{gap(order.get('narrowest'))} in {fmt.whole(count)} bucket{'s' * (count > 1)} of {fmt.whole(most)} pairs"
+    )
+    later = "random" if order.get("later_epochs") == "random" else "the same, shuffled anew inside the buckets"
+    return [f"{text}; epochs after the first: {later}"]
+
+
+def gap(value: Any) -> str:
+    """The gap of a pair, four significant digits."""
+    x = fmt.finite(value)
+    return fmt.NONE if x is None else f"{x:.4g}"
+
+
 def plan_sentence(start: Record) -> str:
     """The plan of the run in one line."""
     plan = part(start, "plan")

@@ -164,6 +164,7 @@ class Terminal:
             ("trained", summary.trained_sentence(record)),
             ("reference", str(record.get("reference") or fmt.NONE)),
             *summary.data_sentences(record),
+            *(("order", text) for text in summary.order_sentences(record)),
             ("plan", summary.plan_sentence(record)),
         ]
         if fmt.finite(plan.get("seconds")) is not None:

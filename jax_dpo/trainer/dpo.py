@@ -22,14 +22,15 @@ from jax_dpo.train.loop import Loop
 from jax_dpo.train.memory import MemorySettings, memory_advice
 from jax_dpo.train.signals import StopRequest
 from jax_dpo.train.state import TrainState
-from jax_dpo.trainer import outputs
+from jax_dpo.trainer import curriculum, outputs
+from jax_dpo.trainer.curriculum import Made
 from jax_dpo.trainer.datasets import PairSet, Tokenizer, prepare_evaluation, prepare_set, prepare_stream
 from jax_dpo.trainer.engine import Engine
 from jax_dpo.trainer.models import check_sync, pair_models
 from jax_dpo.trainer.parts import assemble, evaluation_metrics, fresh_progress, make_plan, ranking_of, start_record
-from jax_dpo.trainer.precompute import precompute
+from jax_dpo.trainer.precompute import Precomputed, precompute
 from jax_dpo.trainer.setup import prepare_jax
-from jax_dpo.trainer.start import resume_step
+from jax_dpo.trainer.start import Start, resume_step
 from jax_dpo.trainer.trl_surface import TrainerState, TrlSurface, refuse_foreign
 from jax_dpo.trainer.verdict import conclude
 
@@ -103,7 +104,8 @@ class DPOTrainer(TrlSurface):
             )
         trainable = self.train_set if self.train_set is not None and len(self.train_set) else None
         self.plan = make_plan(self.args, len(trainable)) if trainable is not None else None
-        self.engine = Engine(self.args, self.pairing, trainable, self.eval_sets, self.plan)
+        order = curriculum.known_curriculum(self.args, trainable) if trainable is not None else None
+        self.engine = Engine(self.args, self.pairing, trainable, self.eval_sets, self.plan, curriculum=order)
         self.engine.check()
         ranking_of(self.args, self.eval_sets)
         self.state = TrainerState()
@@ -121,6 +123,7 @@ class DPOTrainer(TrlSurface):
         if not is_stream(source):
             # Whoever only looks at `train_dataset` sees, as in TRL, that nothing is left; `train` says why.
             return prepare_set(source, self.tokenizer, self.args, progress=self._tokenizing, may_be_empty=True)
+        curriculum.refuse_stream(self.args)
         if self.args.max_steps <= 0:
             raise UserError(
                 "stream-without-max-steps",
@@ -164,20 +167,34 @@ class DPOTrainer(TrlSurface):
             return
         if not len(self.train_set):
             return
+        made = self._reference_logps(stop)
+        self.engine.ref_logps, self.ref_logps_found = made.logps, made.found
+        self.notes += made.notes
+
+    def _reference_logps(self, stop: StopRequest | None) -> Precomputed:
+        """Those of the training pairs; what an earlier run has made is found."""
+        assert self.train_set is not None
         batch = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        asked = stop.asked if stop is not None else lambda: False
         with self._memory("computing the reference's log-probabilities", batch):
             try:
-                made = precompute(
-                    self.engine,
-                    self.train_set,
-                    display=self.display,
-                    asked=stop.asked if stop is not None else lambda: False,
-                )
+                return precompute(self.engine, self.train_set, display=self.display, asked=asked)
             except Stopped:
                 self.display.write({"kind": "end", "step": 0, "reason": "signal", "seconds": None})
                 raise
-        self.engine.ref_logps, self.ref_logps_found = made.logps, made.found
-        self.notes += made.notes
+
+    def _arrange(self, stop: StopRequest | None = None, start: Start | None = None) -> None:
+        """The order of a curriculum whose gaps must be computed. A run that goes on has the gaps that it began with."""
+        if self.plan is None or not curriculum.must_compute(self.args):
+            return
+
+        def compute() -> Made:
+            if self.engine.ref_logps is not None:
+                return Made(self.engine.ref_logps, [])
+            found = self._reference_logps(stop)
+            return Made(found.logps, found.notes)
+
+        curriculum.arrange(self, compute, start)
 
     def _tokenizing(self, done: int, total: int) -> None:
         self.display.busy(f"tokenizing {done:,} of {total:,}")
@@ -261,6 +278,7 @@ class DPOTrainer(TrlSurface):
             return self._finished(out)
         with tempfile.TemporaryDirectory() as elsewhere, StopRequest() as stop:
             self._precompute(stop)
+            self._arrange(stop, start)
             # Every process keeps the account, since control and checkpoints read it; one keeps it where the user looks.
             log = RunLog((out if primary else Path(elsewhere)) / "run.jsonl")
             self._log = log
@@ -341,6 +359,7 @@ class DPOTrainer(TrlSurface):
             raise UserError("evaluation-data-missing", "evaluate() needs held-out pairs: give eval_dataset.")
         if self.train_set is None and not self.engine.eval_sets:
             self.engine.eval_sets = sets
+        self._arrange()
         self._load()
         with self._memory("evaluating"):
             found = evaluation_metrics(self, sets, self._device_state, self._frozen)

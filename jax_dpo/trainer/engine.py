@@ -16,7 +16,7 @@ import optax
 from jax_dpo.config import DPOConfig
 from jax_dpo.data.batch import Batch, with_columns, with_ref_logps
 from jax_dpo.data.loader import Feed, StepBatch, evaluation_batches, places, step_batch
-from jax_dpo.data.order import Position, pairs_at
+from jax_dpo.data.order import Curriculum, Position, pairs_at
 from jax_dpo.data.pack import RowShape, Sizes, choose_shape, layout, micro_batches
 from jax_dpo.errors import UserError
 from jax_dpo.loss.family import LossOptions
@@ -101,6 +101,8 @@ class Engine:
     plan: Plan | None
     ref_logps: np.ndarray | None = None
     """[pairs, 2] the reference's log-probabilities of the training pairs, where they are made before training"""
+    curriculum: Curriculum | None = None
+    """what a curriculum orders the training pairs by, once it is known"""
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -170,8 +172,16 @@ class Engine:
     def check(self) -> None:
         """Raises UserError where model, adapter, options and mesh do not go together, before anything is read or written."""
         _ = self.facts, self.options
-        if self.train_set is not None and self.options.whole_groups and self.config.micro_batch_tokens is not None:
+        if self.train_set is None or (self.config.train_sampling_strategy == "curriculum" and self.curriculum is None):
+            return  # the batch shape follows from the order, which is still to be computed
+        if self.options.whole_groups and self.config.micro_batch_tokens is not None:
             _ = self.feed  # which finds out whether there is room
+
+    def follow(self, curriculum: Curriculum) -> None:
+        """Takes the pairs in the order of a curriculum from now on; raises what `check` raises."""
+        self.curriculum = curriculum
+        self.__dict__.pop("feed", None)  # an evaluation may have asked for it: its shape follows from the order
+        self.check()
 
     def frozen(self, state: TrainState) -> Any:
         """Reference and base; `state` is the fresh one."""
@@ -279,6 +289,7 @@ class Engine:
             micro_batch=self.plan.micro_batch,
             micro_batches_per_step=self.plan.accumulation,
             used=self.plan.pairs,
+            curriculum=self.curriculum,
         )
 
     def batch_at(self, position: Position) -> StepBatch:

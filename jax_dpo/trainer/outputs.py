@@ -21,7 +21,7 @@ from jax_dpo.weights.peft import read_adapter
 
 # What a run writes; --overwrite_output_dir removes this and nothing else.
 OWN_FILES = ("run.jsonl", "verdict.json", "report.html", "dropped.jsonl")
-OWN_FOLDERS = ("best", "final", "tensorboard")
+OWN_FOLDERS = ("best", "final", "tensorboard", "curriculum")
 
 
 def holds_run(output_dir: Path) -> bool:

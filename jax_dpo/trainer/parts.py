@@ -35,6 +35,7 @@ from jax_dpo.train.schedule import schedule, warmup_of
 from jax_dpo.train.start_check import check_start
 from jax_dpo.train.state import Frozen, Knobs, TrainState
 from jax_dpo.trainer import outputs
+from jax_dpo.trainer.curriculum import curriculum_record
 from jax_dpo.trainer.datasets import PairSet
 from jax_dpo.trainer.models import parameter_count
 from jax_dpo.trainer.run import Run
@@ -105,6 +106,12 @@ def plan_warnings(plan: Plan, config: DPOConfig) -> list[str]:
         found.append(
             f"max_steps {config.max_steps} is {epochs:.1f} epochs of {plan.pairs} pairs, more than twice the {by_epochs} steps of "
             f"num_train_epochs {config.num_train_epochs:g} (max_steps wins). Set max_steps to -1 to train by epochs."
+        )
+    if config.train_sampling_strategy == "curriculum" and plan.total < plan.per_epoch:
+        unused = plan.pairs - plan.total * plan.pairs_per_step
+        found.append(
+            f"the run ends before its first epoch does: the {unused} pairs of the narrowest gap, at the end of the curriculum, are never "
+            f"trained on. An epoch is {plan.per_epoch} steps."
         )
     return found
 
@@ -354,7 +361,7 @@ def start_record(run: Run) -> Record:
         *run.notes,
         *(w for s in sets.values() for w in s.data.warnings),
     ]
-    fill = _expected_fill(run)
+    fill, order = _expected_fill(run), curriculum_record(run)
     return {
         "kind": "start",
         "step": 0,
@@ -372,6 +379,7 @@ def start_record(run: Run) -> Record:
         },
         "reference": reference_sentence(run),
         "data": {"train": sets["train"].data.counts, "eval": held_out},
+        **({} if order is None else {"curriculum": order}),
         "devices": {
             "platform": jax.default_backend(),
             "kind": jax.devices()[0].device_kind,

@@ -7,10 +7,20 @@ import time
 import numpy as np
 import pytest
 
-from jax_dpo.data.order import START, Position, epoch_order, pairs_at, position_after, step_pairs, steps_per_epoch
+from jax_dpo.data.order import (
+    START,
+    Curriculum,
+    Position,
+    epoch_order,
+    pairs_at,
+    position_after,
+    step_pairs,
+    steps_per_epoch,
+)
 
 # torch.randperm(10, generator=torch.Generator().manual_seed(seed))
 RECORDED = {0: [4, 1, 7, 5, 3, 9, 0, 8, 6, 2], 42: [2, 6, 1, 8, 4, 5, 0, 9, 3, 7]}
+RECORDED[43] = [8, 4, 9, 0, 5, 1, 6, 7, 2, 3]
 
 
 @pytest.mark.parametrize("seed", RECORDED)
@@ -48,7 +58,7 @@ def test_sequential_and_small_sets() -> None:
     assert epoch_order(0, 42, 0, "random").tolist() == []
     with pytest.raises(ValueError, match="read-only"):
         epoch_order(5, 42, 0, "random")[0] = 1
-    with pytest.raises(ValueError, match="expected one of random, sequential"):
+    with pytest.raises(ValueError, match="expected one of random, sequential, curriculum"):
         epoch_order(5, 42, 0, "group_by_length")
     with pytest.raises(ValueError, match="64 bits"):
         epoch_order(2**32 // 20, 42, 0, "random")
@@ -118,3 +128,58 @@ def test_impossible_positions() -> None:
         position_after(1, 0, 1, 1)
     with pytest.raises(ValueError, match="cannot be used up"):
         position_after(1, 5, 1, 1, start=Position(0, 6))
+
+
+GAPS = np.array([0.3, 2.0, 0.3, 5.0, -1.0, 0.9, 4.0, 0.3, 1.0, 0.1], np.float32)
+
+
+def curriculum(buckets: int, later: str = "random") -> Curriculum:
+    return Curriculum(GAPS, buckets, later)
+
+
+def test_a_curriculum_of_one_bucket_is_the_random_order() -> None:
+    for epoch in range(3):
+        found = epoch_order(10, 42, epoch, "curriculum", curriculum(1, "curriculum"))
+        assert found.tolist() == epoch_order(10, 42, epoch, "random").tolist()
+
+
+def test_a_bucket_for_each_pair_is_the_order_of_the_gaps() -> None:
+    """Equal gaps (rows 0, 2 and 7) stand as the shuffle of the seed has them: rows 2, 0, 7 of torch.randperm, seed 42."""
+    assert epoch_order(10, 42, 0, "curriculum", curriculum(10)).tolist() == [3, 6, 1, 8, 5, 2, 0, 7, 9, 4]
+    assert epoch_order(10, 42, 0, "curriculum", curriculum(99)).tolist() == [3, 6, 1, 8, 5, 2, 0, 7, 9, 4]
+
+
+def test_buckets_go_from_wide_to_narrow_and_are_shuffled_inside() -> None:
+    """By hand: the buckets of three hold the three, three and four widest gaps; inside, torch.randperm's order 2 6 1 8 4 5 0 9 3 7."""
+    order = epoch_order(10, 42, 0, "curriculum", curriculum(3))
+    assert order.tolist() == [6, 1, 3, 2, 8, 5, 4, 0, 9, 7]
+    with pytest.raises(ValueError, match="read-only"):
+        order[0] = 1
+    other = epoch_order(10, 43, 0, "curriculum", curriculum(3))
+    assert sorted(other[:3]) == [1, 3, 6] and other.tolist() != order.tolist()
+    assert [n for n, _, _ in curriculum(3).ranges()] == [3, 3, 4]
+    assert curriculum(3).ranges()[0][1:] == (5.0, 2.0) and curriculum(3).ranges()[-1][2] == -1.0
+    assert len(curriculum(99).ranges()) == 10
+
+
+def test_later_epochs_are_as_told() -> None:
+    again = epoch_order(10, 42, 1, "curriculum", curriculum(3, "curriculum"))
+    assert sorted(again[:3]) == [1, 3, 6]
+    assert again.tolist() != epoch_order(10, 42, 0, "curriculum", curriculum(3, "curriculum")).tolist()
+    assert epoch_order(10, 42, 1, "curriculum", curriculum(3)).tolist() == RECORDED[43]
+
+
+def test_a_step_of_a_curriculum_is_found_from_any_place() -> None:
+    order = epoch_order(10, 1, 0, "curriculum", curriculum(4)).tolist()
+    whole = []
+    for k in range(3):
+        options = {"seed": 1, "strategy": "curriculum", "micro_batch": 2, "micro_batches_per_step": 2}
+        step = step_pairs(10, **options, step=k, curriculum=curriculum(4))
+        begun = step_pairs(10, **options, step=0, start=Position(0, 4 * k), curriculum=curriculum(4))
+        assert [m.tolist() for m in step] == [m.tolist() for m in begun]
+        whole += np.concatenate(step).tolist()
+    assert whole == order
+    with pytest.raises(ValueError, match="needs their gaps"):
+        epoch_order(11, 1, 0, "curriculum", curriculum(4))
+    with pytest.raises(ValueError, match="needs their gaps"):
+        epoch_order(10, 1, 0, "curriculum")

@@ -1,4 +1,6 @@
-"""Two processes of four devices each, whose reference moves, or was run beforehand. Oracle: the same command on one process of eight."""
+"""Two processes of four devices each, whose reference moves, was run beforehand, or orders the pairs.
+
+Oracle: the same command on one process of eight."""
 
 from __future__ import annotations
 
@@ -44,3 +46,20 @@ def test_one_process_keeps_what_was_computed_and_tells_the_others(cluster: Clust
     assert "40 of them by an earlier run" in tiny.records(again, "start")[0]["reference"]
     losses = [[r["loss"] for r in tiny.records(p, "train")] for p in (two, again)]
     np.testing.assert_array_equal(*losses)
+
+
+@pytest.mark.slow
+def test_a_curriculum_is_one_on_all_hosts_and_after_a_resumption(cluster: Cluster, tmp_path: Path) -> None:
+    """By the reference's log-ratio, of which each process finds or computes nothing by itself."""
+    ordered = {"train_sampling_strategy": "curriculum", "curriculum_by": "reference", "curriculum_buckets": 40}
+    ordered |= {"dataset_cache_dir": None}
+    one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
+    assert cluster.run(one, processes=1, **ordered)[0].code == 0
+    ended = cluster.run(two, before=APART, **ordered)
+    assert [e.code for e in ended] == [0, 0], ended[0].err + ended[1].err
+    assert_same_numbers(two, one)
+    ended = cluster.run(resumed, before=APART, **{**ordered, "resume_from_checkpoint": two / "checkpoint-2"})
+    assert [e.code for e in ended] == [0, 0], ended[0].err + ended[1].err
+    found, expected = (tiny.untimed(tiny.records(p, "train")) for p in (resumed, two))
+    assert found == expected[2:]
+    assert tiny.snapshot(resumed / "curriculum") == tiny.snapshot(two / "curriculum") != {}
