@@ -21,6 +21,7 @@ from jax_dpo.models.lora import LoraConfig
 from jax_dpo.policy import Policy
 from jax_dpo.sharding.mesh import make_mesh, row_shards
 from jax_dpo.train.evaluate import evaluate
+from jax_dpo.train.kl import ResponseKL
 from jax_dpo.train.plan import Plan
 from jax_dpo.train.state import Knobs
 from jax_dpo.trainer.datasets import PairSet
@@ -146,6 +147,8 @@ class Trajectory:
     micro_batches: list[int]
     accepted: list[tuple[float, float]] = field(default_factory=list)
     """scale and KL of the probe set of every step, with a trust region"""
+    responses: list[ResponseKL] = field(default_factory=list)
+    """the KL of every step's responses"""
 
 
 def engine_on(
@@ -217,6 +220,9 @@ def run(engine: Engine, steps: int = 4) -> Trajectory:
         assert bool(results["finite"])
         found.sums.append({name: float(x) for name, x in results["sums"]._asdict().items()})
         found.losses.append(found.sums[-1]["loss"])
+        found.responses.append(ResponseKL())
+        if results["responses"] is not None:
+            found.responses[-1].add(jax.device_get(results["responses"]))
         found.norms.append(float(results["grad_norm"]))
         found.micro_batches.append(batch.micro_batches)
         if results["accepted"] is not None:

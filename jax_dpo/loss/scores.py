@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_dpo.arrays import TokenStats
+from jax_dpo.loss.positions import in_bucket
 
 CHOSEN, REJECTED = 0, 1
 
@@ -30,6 +31,8 @@ class PairSums(NamedTuple):
     top1: Any
     wpo: Any
     """sum of log pi(y) - log sum_v pi(v)^2 (WPO, arXiv 2406.11827)."""
+    kl_at: Any = None
+    """[R, S, B, P] `kl` by position in the response (`positions.buckets`), without gradient; None where there is no `kl`."""
 
     @property
     def logratio(self) -> Any:
@@ -88,4 +91,12 @@ def pair_sums(
         mean_logit=add(stats.mean_logit),
         top1=add(stats.top1),
         wpo=add(jax.lax.stop_gradient(stats.logp) - stats.log_sum_sq),
+        kl_at=None if stats.kl is None else _by_position(jax.lax.stop_gradient(stats.kl), slot, one_hot, branches),
     )
+
+
+def _by_position(x: jax.Array, slot: jax.Array, one_hot: jax.Array, branches: int) -> jax.Array:
+    """Sums [R, S, B, P] of x [R, K] by response and position; `one_hot` [R, K, S * B] says whose a token is."""
+    here = x[..., None] * in_bucket(slot)
+    total = jnp.einsum("rkp,rkj->rjp", here, one_hot, precision=jax.lax.Precision.HIGHEST)
+    return total.reshape(len(slot), -1, branches, total.shape[-1])

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax_dpo.loss.family import LossOptions, mixed_loss
 from jax_dpo.loss.router import RouterSums, balance
 from jax_dpo.loss.scores import CHOSEN, PairSums
 from jax_dpo.train import metrics
+from jax_dpo.train.kl import ResponseKL, responses_of
 from jax_dpo.train.length import length_effect
 from jax_dpo.train.state import Frozen, Knobs
 
@@ -47,7 +48,21 @@ class EvalSet:
         return "eval_" if self.name is None else f"eval_{self.name}_"
 
 
-def evaluate(
+class Measured(NamedTuple):
+    """What an evaluation found."""
+
+    metrics: dict[str, float]
+    """under `eval_` (and the set's name), with `runtime` and speed"""
+    kl_profile: dict[str, Any]
+    """see `kl.ResponseKL.profile`"""
+
+
+def evaluate(*arguments: Any) -> dict[str, float]:
+    """The metrics of `measure`."""
+    return measure(*arguments).metrics
+
+
+def measure(
     run: Evaluator,
     held_out: EvalSet,
     params: Tree,
@@ -55,8 +70,8 @@ def evaluate(
     knobs: Knobs,
     options: LossOptions,
     faulty: Callable[[np.ndarray], None] | None = None,
-) -> dict[str, float]:
-    """Metrics of a held-out set under `eval_` (and the set's name), with `runtime` and speed.
+) -> Measured:
+    """Metrics of a held-out set.
 
     `faulty` is told the positions of the pairs whose loss or log-ratio is not finite, if there are any.
 
@@ -87,10 +102,14 @@ def evaluate(
     else:
         found = metrics.evaluation(loss, sums, beta, aux)
     found |= length_effect(sums, beta)
+    responses = ResponseKL()
+    if (each := responses_of(sums)) is not None:
+        responses.add(each)
+    found |= responses.metrics()
     seconds = time.perf_counter() - began
     found |= {"runtime": seconds, "samples_per_second": held_out.pairs / seconds}
     found["steps_per_second"] = math.ceil(held_out.pairs / held_out.group) / seconds
-    return {held_out.prefix + name: value for name, value in found.items()}
+    return Measured({held_out.prefix + name: value for name, value in found.items()}, responses.profile())
 
 
 def _of_several(sums: PairSums, held_out: EvalSet, knobs: Knobs, options: LossOptions) -> np.ndarray:

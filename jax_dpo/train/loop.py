@@ -23,7 +23,7 @@ from jax_dpo.data.loader import StepBatch, prefetch
 from jax_dpo.errors import Stopped
 from jax_dpo.train import nonfinite
 from jax_dpo.train.control import EVAL, TRAIN, react
-from jax_dpo.train.evaluate import EvalSet, evaluate
+from jax_dpo.train.evaluate import EvalSet, evaluate, measure
 from jax_dpo.train.metrics import Window
 from jax_dpo.train.parts import Parts
 from jax_dpo.train.progress import COUNTED, Progress
@@ -149,7 +149,7 @@ class Loop:
 
     def _read(self, done: _Pending) -> None:
         """Waits for a step's results and adds them to the window."""
-        sums = jax.device_get(done.results["sums"])
+        sums, responses = jax.device_get((done.results["sums"], done.results["responses"]))
         batch, c, now = done.batch, self.progress.counted, time.perf_counter()
         c["seconds"] += now - (now if self.last_read is None else self.last_read)
         self.last_read = now
@@ -157,7 +157,7 @@ class Loop:
             self._not_finite(done)
             return
         self.progress.skipped = (self.progress.skipped[0], 0)
-        self.progress.window.add(sums, batch.groups)
+        self.progress.window.add(sums, batch.groups, responses)
         self.progress.add_kl(float(sums.kl_chosen) + float(sums.kl_rejected), float(sums.kl_tokens))
         self.progress.last = (float(done.results["grad_norm"]), done.rate)
         c["pairs"] += len(batch.pairs)
@@ -227,7 +227,8 @@ class Loop:
             record["trust_region/limit"] = limit_of(parts.control.target_kl, progress.probe_ratio)
         if parts.peak_flops:
             record["mfu"] = c["flops"] / seconds / parts.peak_flops
-        self._write("train", record)
+        profile = progress.window.responses.profile()
+        self._write("train", {**record, "kl_profile": profile} if profile else record)
         parts.notify("on_log", record)
         progress.window, progress.counted = Window(), dict.fromkeys(COUNTED, 0.0)
 
@@ -246,9 +247,10 @@ class Loop:
             parts.display.busy("evaluating" + (f" {held_out.name}" if held_out.name else ""))
             knobs = self._judging_knobs()
             tell = partial(self._faulty_evaluation, held_out)
-            metrics = evaluate(parts.evaluator, held_out, self.state.params, frozen, knobs, parts.options, tell)
-            name = {} if held_out.name is None else {"set": held_out.name}
-            self._write("eval", {**metrics, "beta": beta, **name, **self._tokens_so_far(held_out)})
+            against = (self.state.params, frozen, knobs, parts.options)
+            metrics, profile = measure(parts.evaluator, held_out, *against, tell)
+            more = ({} if held_out.name is None else {"set": held_out.name}) | {"kl_profile": profile}
+            self._write("eval", {**metrics, "beta": beta, **more, **self._tokens_so_far(held_out)})
             parts.notify("on_evaluate", metrics)
             found |= metrics
         return found

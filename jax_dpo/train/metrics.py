@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_dpo.loss.scores import CHOSEN, REJECTED, PairSums
+from jax_dpo.train.kl import ResponseKL, Responses
 
 
 class Sums(NamedTuple):
@@ -121,17 +122,31 @@ class Window:
     def __init__(self) -> None:
         self.steps = 0
         self.total: dict[str, float] = dict.fromkeys((*Sums._fields, "groups"), 0.0)
+        self.responses = ResponseKL()
 
-    def add(self, sums: Sums, groups: int) -> None:
-        """One more step, of `groups` of TRL's micro-batches (over all devices)."""
+    def add(self, sums: Sums, groups: int, responses: Responses | None = None) -> None:
+        """One more step, of `groups` of TRL's micro-batches (over all devices), with the KL of its responses where it was computed."""
         self.steps += 1
+        if responses is not None:
+            self.responses.add(responses)
         self.total["groups"] += groups
         for name, value in zip(Sums._fields, sums):
             self.total[name] += float(value) * (groups if name in self._OVER_GROUPS else 1)
 
     def metrics(self) -> dict[str, float]:
         n = {"loss": max(self.steps, 1), **dict.fromkeys(self._OVER_GROUPS, max(self.total["groups"], 1.0))}
-        return named({k: v / n.get(k, 1) for k, v in self.total.items()})
+        return named({k: v / n.get(k, 1) for k, v in self.total.items()}) | self.responses.metrics()
+
+    def meta(self) -> dict[str, Any]:
+        """Plain data for JSON, to the bit."""
+        return {"steps": self.steps, "total": self.total, **self.responses.meta()}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Window:
+        found = cls()
+        found.steps, found.total = meta["steps"], found.total | meta["total"]
+        found.responses = ResponseKL.from_meta(meta)
+        return found
 
     @property
     def beta(self) -> float:
@@ -150,7 +165,7 @@ def evaluation(
       beta: of all pairs, or [N] of each.
       aux_loss: [N] the router's loss of each pair's evaluation batch, where there is one.
     """
-    wide = PairSums(*(np.asarray(x, np.float64) for x in sums))
+    wide = PairSums(*(None if x is None else np.asarray(x, np.float64) for x in sums))
     reward = np.reshape(beta, (-1, 1)) * np.asarray(wide.logratio)
     col = lambda x, b: float(np.asarray(x)[:, b].sum())  # noqa: E731
     return named(
@@ -189,7 +204,7 @@ def evaluation_by_batches(
     parts = []
     for start in range(0, len(loss), group):
         here = slice(start, start + group)
-        some = PairSums(*(x[here] for x in sums))
+        some = PairSums(*(None if x is None else x[here] for x in sums))
         of = beta if np.ndim(beta) == 0 else np.asarray(beta)[here]
         parts.append(evaluation(loss[here], some, of, None if aux_loss is None else aux_loss[here]))
     pooled = lambda name: name == "loss" or name.startswith("kl_")  # noqa: E731

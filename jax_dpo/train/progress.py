@@ -66,7 +66,7 @@ class Progress:
             "position": list(self.position),
             "num_tokens": self.num_tokens,
             "control": self.control.to_dict(),
-            "window": [self.window.steps, self.window.total],
+            "window": self.window.meta(),
             "counted": self.counted,
             "scores": {str(k): v for k, v in self.scores.items() if math.isfinite(v)},
             "evaluated": sorted(self.scores),
@@ -83,15 +83,13 @@ class Progress:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Progress:
-        window = Window()
-        window.steps, window.total = meta["window"][0], window.total | meta["window"][1]
         scores = {step: float(meta["scores"].get(str(step), -math.inf)) for step in meta["evaluated"]}
         return cls(
             control=ControlState.from_dict(meta["control"]),
             step=meta["step"],
             position=Position(*meta["position"]),
             num_tokens=meta["num_tokens"],
-            window=window,
+            window=Window.from_meta(meta["window"]),
             counted=dict(meta["counted"]),
             scores=scores,
             good=list(meta["good"]),

@@ -29,6 +29,7 @@ from jax_dpo.train.forward import (
     sums_of_pairs,
     watched_statistics,
 )
+from jax_dpo.train.kl import Responses, no_responses, responses_of
 from jax_dpo.train.metrics import Sums, step_sums
 from jax_dpo.train.optimizer import clip
 from jax_dpo.train.probe import Bounded, bounded_update
@@ -55,8 +56,8 @@ def micro_batch_loss(
     knobs: Knobs,
     mesh: Mesh,
     key: jax.Array | None,
-) -> tuple[jax.Array, Sums]:
-    """A micro-batch's part of the step's loss, and its sums: the loss of a step is the plain sum of its parts.
+) -> tuple[jax.Array, tuple[Sums, Responses | None]]:
+    """A micro-batch's part of the step's loss, its sums and the KL of its responses: the loss of a step is the plain sum of its parts.
 
     `knobs.beta` is that of the whole step: where beta follows the batch, the batch is the step.
     """
@@ -73,35 +74,39 @@ def micro_batch_loss(
     if routers is not None:
         aux = jnp.sum(batch.weight * balance(of_group(routers, batch.group)))
         loss = loss + options.router_coef * aux
-    return loss, step_sums(loss, sums, batch.weight, given.beta_of(knobs.beta), aux)
+    return loss, (step_sums(loss, sums, batch.weight, given.beta_of(knobs.beta), aux), responses_of(sums))
 
 
 def _accumulated(
-    grad_fn: Callable[..., tuple[tuple[jax.Array, Sums], Tree]],
+    grad_fn: Callable[..., tuple[tuple[jax.Array, tuple[Sums, Responses | None]], Tree]],
     params: Tree,
     batch: Batch,
     count: jax.Array,
     place: Tree,
-) -> tuple[Tree, Sums]:
-    """Gradients and sums over the first `count` micro-batches of `batch` [A, ...]."""
+    responses: Responses | None,
+) -> tuple[Tree, Sums, Responses | None]:
+    """Gradients, sums and responses [A, R, S, ...] over the first `count` micro-batches of `batch` [A, ...].
+
+    `responses` is what the latter begin with: none in any micro-batch.
+    """
     most = batch.tokens.shape[0]
     pin = partial(jax.tree.map, jax.lax.with_sharding_constraint)
     if most == 1:
-        (_, sums), grads = grad_fn(params, jax.tree.map(lambda x: x[0], batch), 0)
-        return pin(grads, place), sums
+        (_, (sums, found)), grads = grad_fn(params, jax.tree.map(lambda x: x[0], batch), 0)
+        return pin(grads, place), sums, jax.tree.map(lambda x: x[None], found)
 
-    def body(carry: tuple[jax.Array, Tree, Sums]) -> tuple[jax.Array, Tree, Sums]:
-        i, grads, sums = carry
+    def body(carry: tuple[jax.Array, Tree, Sums, Responses | None]) -> tuple[jax.Array, Tree, Sums, Responses | None]:
+        i, grads, sums, found = carry
         part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
-        (_, more_sums), more = grad_fn(params, part, i)
+        (_, (more_sums, here)), more = grad_fn(params, part, i)
         add = lambda x, y: jax.tree.map(jnp.add, x, y)  # noqa: E731
-        return i + 1, pin(add(grads, more), place), add(sums, more_sums)
+        found = jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), found, here)
+        return i + 1, pin(add(grads, more), place), add(sums, more_sums), found
 
     zeros = pin(jax.tree.map(jnp.zeros_like, params), place)
     nothing = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
-    start = (jnp.zeros((), jnp.int32), zeros, nothing)
-    _, grads, sums = jax.lax.while_loop(lambda carry: carry[0] < count, body, start)
-    return grads, sums
+    start = (jnp.zeros((), jnp.int32), zeros, nothing, responses)
+    return jax.lax.while_loop(lambda carry: carry[0] < count, body, start)[1:]
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
@@ -188,9 +193,9 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """The jitted train step `(state, frozen, batch, count, knobs, key) -> (state, results)`; `state` is donated.
 
-    `batch` has arrays [A, R, ...] of which the first `count` micro-batches hold something. Results: `sums` (`metrics.Sums`),
-    `grad_norm` (before clipping), `finite` and, with a probe set in `frozen`, `accepted` (`trust_region.Accepted`) and the `rate_share` of
-    the learning rate that was in force. A step that is not
+    `batch` has arrays [A, R, ...] of which the first `count` micro-batches hold something. Results: `sums` (`metrics.Sums`), `responses`
+    (`kl.Responses` of arrays [A, R, ...]; None without the reference), `grad_norm` (before clipping), `finite` and, with a probe set in
+    `frozen`, `accepted` (`trust_region.Accepted`) and the `rate_share` of the learning rate that was in force. A step that is not
     finite leaves parameters and moments as they were, to the bit. That takes no second copy: the choice is made element by element in
     the update, after the gradients are all there. Nor does the trust region: while it tries, the update lies where the gradients did.
     """
@@ -204,18 +209,20 @@ def make_step(
         if options.beta_alpha > 0:
             knobs, changed = _following(facts, options, mesh, state, held, batch, count, knobs, key)
 
-        def loss_fn(params: Tree, part: Batch, i: jax.Array | int) -> tuple[jax.Array, Sums]:
+        def loss_fn(params: Tree, part: Batch, i: jax.Array | int) -> tuple[jax.Array, tuple[Sums, Responses | None]]:
             mine = jax.random.fold_in(key, i) if facts.dropout else None
             return micro_batch_loss(facts, options, params, held, part, knobs, mesh, mine)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        grads, sums = _accumulated(grad_fn, state.params, batch, count, place.params)
+        none_yet = None if facts.precomputed else no_responses(batch)
+        grads, sums, responses = _accumulated(grad_fn, state.params, batch, count, place.params, none_yet)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
         clipped, bounded = clip(grads, norm, max_grad_norm), bounded_update(facts, state, held, mesh)
         after, taken = _updated(tx, state, clipped, knobs.learning_rate, finite, changed, bounded)
         return after, {
             "sums": sums,
+            "responses": responses,
             "grad_norm": norm,
             "finite": finite,
             "accepted": taken,

@@ -167,9 +167,10 @@ def ranking_of(config: DPOConfig, sets: Mapping[str | None, PairSet]) -> Ranking
     """
     import difflib
 
+    from jax_dpo.train import kl
     from jax_dpo.train.metrics import Sums, named
 
-    names = list(named(dict.fromkeys(Sums._fields, 1.0)))
+    names = [*named(dict.fromkeys(Sums._fields, 1.0)), *kl.NAMES]
     metric = config.metric_for_best_model
     named_sets = [n for n in sets if n is not None]
     which = named_sets[0] if named_sets else None

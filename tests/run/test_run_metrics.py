@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import tiny
 
+from jax_dpo.train import kl
 from jax_dpo.train.metrics import Sums, named
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-BOOKKEEPING = {"kind", "time", "set", "non_finite", "reason", "seconds"}
+BOOKKEEPING = {"kind", "time", "set", "non_finite", "reason", "seconds", "kl_profile"}
 
 
 def listed(*titles: str) -> set[str]:
@@ -51,7 +52,7 @@ def test_the_page_names_whatever_a_training_record_has(trainer: Any) -> None:
 
 
 def test_the_page_names_whatever_an_evaluation_has_under_the_name_of_its_set(trainer: Any) -> None:
-    whatever = {name for name in named(dict.fromkeys(Sums._fields, 1.0)) if name != "aux_loss"}
+    whatever = {name for name in named(dict.fromkeys(Sums._fields, 1.0)) if name != "aux_loss"} | set(kl.NAMES)
     own = listed("Evaluation")
     lengths = ("length/chosen", "length/rejected", "length/chosen_longer")
     base = ("loss", "runtime", "samples_per_second", "steps_per_second", "num_tokens", *lengths)
@@ -77,7 +78,7 @@ def test_several_sets_keep_all_their_metrics(trainer: Any) -> None:
 def test_the_end_has_what_was_not_logged(trainer: Any) -> None:
     """The fifth step: TRL's last entry has its metrics too."""
     last = trainer.state.log_history[-1]
-    pairs = set(named(dict.fromkeys(Sums._fields, 1.0))) - {"aux_loss", "loss"}
+    pairs = set(named(dict.fromkeys(Sums._fields, 1.0))) - {"aux_loss", "loss"} | set(kl.NAMES)
     assert set(last) == listed("The end of a run") | pairs | {"num_tokens", "epoch", "step"}
     assert last["train_samples_per_second"] == pytest.approx(8 * last["train_steps_per_second"])  # 8 pairs a step
     assert last["train_steps_per_second"] == pytest.approx(5 / last["train_runtime"])

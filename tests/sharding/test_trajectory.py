@@ -47,6 +47,11 @@ def check_same(found: tiny.Trajectory, want: tiny.Trajectory) -> None:
             atol = 5e-4 if name == "logratio" else 5e-5
             np.testing.assert_allclose(a[name], b[name], rtol=2e-5, atol=atol, err_msg=f"{name} of step {step + 1}")
     assert found.sums[-1]["kl_chosen"] > 1e-3  # it has moved
+    for a, b in zip(found.responses, want.responses, strict=True):
+        assert len(a) == len(b) and a.metrics().keys() == b.metrics().keys()
+        for name, value in b.metrics().items():
+            np.testing.assert_allclose(a.metrics()[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(a.at, b.at, rtol=1e-3, atol=5e-5)
     for path, weight in want.weights.items():
         difference = np.abs(found.weights[path] - weight)
         assert difference.max() < 2e-5, path

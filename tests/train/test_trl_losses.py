@@ -61,7 +61,7 @@ def loss_and_gradient(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "watched_statistics", lambda facts, given, *_: (given, None))
         of = lambda s: step.micro_batch_loss(trl.facts(), options, s, trl.frozen(), batch, knobs, None, None)  # type: ignore[arg-type] # noqa: E731
-        (loss, sums), by = jax.jit(jax.value_and_grad(of, has_aux=True))(stats)
+        (loss, (sums, _)), by = jax.jit(jax.value_and_grad(of, has_aux=True))(stats)
     return float(loss), named({k: float(x) for k, x in sums._asdict().items()}), backward(by.logp, by.kl)
 
 
@@ -117,7 +117,7 @@ def test_the_whole_micro_batch_in_one_program(key: str, share_prompt: bool, rema
     def of(params: Params) -> tuple[jax.Array, Any]:
         return step.micro_batch_loss(facts, options, params, trl.frozen(), batch, trl.knobs(given["beta"]), mesh, None)
 
-    (loss, sums), gradient = jax.jit(jax.value_and_grad(of, has_aux=True))(trl.policy())
+    (loss, (sums, _)), gradient = jax.jit(jax.value_and_grad(of, has_aux=True))(trl.policy())
     check(case, float(loss), named({k: float(x) for k, x in sums._asdict().items()}), gradient)
 
 
