@@ -48,6 +48,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
         "jax_dpo.trainer": ("run_training", "run_evaluation", "run_check", "run_generate"),
         "jax_dpo.policy": ("convert",),
         "jax_dpo.report.html": ("write_report",),
+        "jax_dpo.report.compare": ("write_comparison",),
         "jax_dpo.doctor": ("examine",),
     }
     for module, names in modules.items():
@@ -74,7 +75,8 @@ def test_the_other_commands_hand_over_what_was_parsed(fakes: Fakes, capsys: pyte
     fakes.result = Path("run/report.html")
     assert main(["report", "run", "other"]) == 0
     names = [name for name, _, _ in fakes.calls]
-    assert names == ["run_evaluation", "run_check", "convert", "run_generate", "write_report", "write_report"]
+    reports = ["write_report", "write_report", "write_comparison"]
+    assert names == ["run_evaluation", "run_check", "convert", "run_generate", *reports]
     assert fakes.calls[0][1][0].eval_dataset == "e.jsonl"
     assert (fakes.calls[1][1][0].dataset_name, fakes.calls[1][1][1].max_length) == ("d.jsonl", 64)
     assert fakes.calls[2][1] == ("a.gguf", "b", "bfloat16")
@@ -82,8 +84,12 @@ def test_the_other_commands_hand_over_what_was_parsed(fakes: Fakes, capsys: pyte
         ("m", ["one", "two"]),
         {"adapter": None, "max_new_tokens": 128, "temperature": 0.5, "top_p": 1.0, "seed": 42},
     )
-    assert [call[1] for call in fakes.calls[4:]] == [(Path("run"),), (Path("other"),)]
-    assert capsys.readouterr().out == "b: written\nrun/report.html\nrun/report.html\n"
+    both = (["run", "other"], "comparison.html")
+    assert [call[1] for call in fakes.calls[4:]] == [(Path("run"),), (Path("other"),), both]
+    assert capsys.readouterr().out == "b: written\n" + 3 * "run/report.html\n"
+    fakes.calls.clear()
+    assert main(["report", "run"]) == 0
+    assert [name for name, _, _ in fakes.calls] == ["write_report"], "one run alone is compared with nothing"
 
 
 def test_doctor_gets_the_places_of_the_caches(fakes: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +207,7 @@ def test_the_examples_of_the_help_run(
     program, *argv = shlex.split(example)
     assert program == "jax-dpo"
     assert main(argv) == 0, capsys.readouterr().err
-    assert len(fakes.calls) == 1
+    assert len({name for name, _, _ in fakes.calls} - {"write_comparison"}) == 1
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -55,6 +55,7 @@ def test_every_command_line_is_understood(line: str, monkeypatch: pytest.MonkeyP
         "jax_dpo.trainer": ("run_training", "run_evaluation", "run_check", "run_generate"),
         "jax_dpo.weights.export": ("convert",),
         "jax_dpo.report.html": ("write_report",),
+        "jax_dpo.report.compare": ("write_comparison",),
         "jax_dpo.doctor": ("examine",),
     }.items():
         fake = types.ModuleType(module)

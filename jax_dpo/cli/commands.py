@@ -68,7 +68,13 @@ class GenerateArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArguments:
-    """Arguments of `report`: directories of runs alone."""
+    """Arguments of `report`, beside the directories of the runs."""
+
+    output: str = option(
+        "comparison.html",
+        "Where the page that compares several runs is written; one run alone has none.",
+        group="Options",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +159,15 @@ def generate(argv: list[str]) -> int:
 
 
 def report(argv: list[str]) -> int:
-    _, folders = arguments(ReportArguments, argv, positionals=("RUN_DIR",), many=True)
+    chosen, folders = arguments(ReportArguments, argv, positionals=("RUN_DIR",), many=True)
     from jax_dpo.report.html import write_report
 
     for folder in folders:
         print(write_report(Path(folder)))
+    if len(folders) > 1:
+        from jax_dpo.report.compare import write_comparison
+
+        print(write_comparison(folders, chosen.output))
     return OK
 
 
@@ -251,9 +261,12 @@ COMMANDS: Mapping[str, Command] = {
         ),
         Command(
             name="report",
-            usage="jax-dpo report RUN_DIR [RUN_DIR ...]",
-            summary="Make report.html of a run anew from its run.jsonl.",
-            examples=("jax-dpo report outputs/dpo_training",),
+            usage="jax-dpo report RUN_DIR [RUN_DIR ...] [options]",
+            summary="Make report.html of a run anew from its run.jsonl; compare several runs on one page.",
+            examples=(
+                "jax-dpo report outputs/dpo_training",
+                "jax-dpo report outputs/beta-0.1 outputs/beta-0.3 --output outputs/betas.html",
+            ),
             options=(ReportArguments,),
             run=report,
         ),

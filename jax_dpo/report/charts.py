@@ -61,6 +61,7 @@ class Chart:
     from_zero: bool = False
     may_be_log: bool = False
     sides: bool = False  # two curves of equal rank
+    several: bool = False  # curves of several runs: no value speaks for all
 
 
 @dataclass(frozen=True)
@@ -178,18 +179,18 @@ def draw(chart: Chart) -> Markup:
 
 
 def _caption(chart: Chart, series: Sequence[Series]) -> Markup:
-    entries = [(s.style, s.name, s.dots) for s in series] if len(series) > 1 else []
+    entries = [(s.style, s.name, s.dots) for s in series] if len(series) > 1 or chart.several else []
     legend = [el("li", _swatch(style, dots), name) for style, name, dots in entries]
     legend += [el("li", _swatch("bound" if line.bound else "level", False), line.label) for line in chart.lines]
     if chart.markers:
         legend.append(el("li", el("span", "n", cls="badge", aria_hidden="true"), "what the KL control did"))
-    now, style = _now(chart, series)
+    now, style = ("", "") if chart.several else _now(chart, series)
     return el(
         "figcaption",
         el(
             "h3", chart.title, el("span", f" {chart.unit}", cls="unit") if chart.unit else None, id=f"{chart.key}-title"
         ),
-        el("span", now, cls=f"now {style}".strip(), title="last value"),
+        el("span", now, cls=f"now {style}".strip(), title="last value") if now else None,
         el("ul", *legend, cls="legend") if legend else None,
     )
 

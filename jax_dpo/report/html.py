@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 import os
-from importlib import resources
 from pathlib import Path
 
-from jax_dpo.errors import UserError
 from jax_dpo.report import format as fmt
 from jax_dpo.report import sections, summary
+from jax_dpo.report.document import document, write_page
 from jax_dpo.report.markup import Markup, el
 from jax_dpo.report.records import Record, read_records
 from jax_dpo.report.summary import Run, eval_value, part
 
-_PILL = {
+PILLS = {
     summary.RUNNING: ("running", "live"),
     summary.PASSED: ("passed", "good"),
     summary.FAILED: ("gate failed", "bad"),
@@ -34,20 +31,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """
     folder = Path(run_dir)
     run = summary.summarise(read_records(folder / "run.jsonl"))
-    text = page(run, folder)
-    target = folder / "report.html"
-    temporary = folder / f".report.html.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            "report-not-writable",
-            f"{target}: the report cannot be written ({error.strerror}). Free some space or make the directory "
-            f"writable, then make it again with `jax-dpo report {folder}`.",
-        ) from error
-    return target
+    return write_page(folder / "report.html", page(run, folder), f"jax-dpo report {folder}")
 
 
 def page(run: Run, run_dir: Path) -> str:
@@ -69,35 +53,7 @@ def page(run: Run, run_dir: Path) -> str:
     )
     version = run.start.get("version")
     made = f"Made by jax_dpo {version or ''} from run.jsonl; last record {fmt.moment(run.time)}."
-    script = Markup(_asset("report.js"))
-    whole = el("html", _head(run), el("body", body, el("footer", el("p", made)), el("script", script)), lang="en")
-    return "<!DOCTYPE html>\n" + whole + "\n"
-
-
-def _head(run: Run) -> Markup:
-    style, script = _asset("report.css"), _asset("report.js")
-    # Nothing is loaded from anywhere, and only this style and this script are let in.
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'; img-src data:"
-    )
-    return el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=policy),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("link", rel="icon", href="data:,"),
-        el("title", f"{_PILL[run.state][0]}: {_name(run)}"),
-        el("style", Markup(style)),
-    )
-
-
-def _asset(name: str) -> str:
-    return resources.files("jax_dpo.report").joinpath(name).read_text(encoding="utf-8").strip()
-
-
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return document(f"{PILLS[run.state][0]}: {_name(run)}", body, made)
 
 
 def _name(run: Run) -> str:
@@ -105,7 +61,7 @@ def _name(run: Run) -> str:
 
 
 def hero(run: Run) -> Markup:
-    word, mark = _PILL[run.state]
+    word, mark = PILLS[run.state]
     begun = run.start.get("time")
     seconds = (run.end or {}).get("seconds")
     if seconds is None and begun and run.time and not run.resumes:

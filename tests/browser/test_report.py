@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from jax_dpo.report.compare import write_comparison
 from jax_dpo.report.html import write_report
 
 BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -120,6 +121,16 @@ def test_nothing_is_wider_than_the_screen(tmp_path: Path, report: Path, width: i
     assert seen["smallest"] > 8  # the labels of the curves can still be read
 
 
+@pytest.mark.parametrize(("width", "columns"), [(390, 1), (1280, 3)])
+def test_a_comparison_fits_the_screen(tmp_path: Path, width: int, columns: int) -> None:
+    names = ("failing", "healthy", "not_finite")
+    folders = [runs.write(tmp_path / name, getattr(runs, name)()) for name in names]
+    seen = look(tmp_path, write_comparison(folders, tmp_path / "comparison.html"), width)
+    assert seen["scroll"] <= seen["width"] and seen["wide"] == []
+    assert seen["columns"] == columns and seen["requests"] == []
+    assert all(f"{name} " in seen["tip"] for name in names[:1]) and seen["tipInside"]
+
+
 def test_the_pointer_shows_values_and_nothing_is_fetched(tmp_path: Path, report: Path) -> None:
     seen = look(tmp_path, report, 1280)
     last = runs.failing()[-4]
@@ -170,7 +181,7 @@ def _pixels(png: Path) -> tuple[int, int, list[bytes]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "height", "scheme"), [("light", 1280, 1900, 1), ("dark", 1280, 1900, 0), ("phone", 390, 2600, 1)]
+    ("name", "width", "height", "scheme"), [("light", 1280, 1900, 1), ("dark", 1280, 1900, 0), ("phone", 390, 3600, 1)]
 )
 def test_it_is_painted(tmp_path: Path, report: Path, name: str, width: int, height: int, scheme: int) -> None:
     png = tmp_path / f"{name}.png"
