@@ -131,6 +131,8 @@ OWN_DEFAULTS: dict[str, Any] = {
     "num_processes": None,
     "process_id": None,
     "generate_samples": 0,
+    "eval_on_policy_prompts": 0,
+    "eval_on_policy_tokens": 128,
 }
 SCRIPT_DEFAULTS: dict[str, Any] = {
     "model_name_or_path": "",

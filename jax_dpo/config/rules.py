@@ -378,6 +378,8 @@ def _without_effect(values: Mapping[str, Any]) -> list[str]:
         found.append(
             f"{' and '.join(unordered)} can do nothing: train_sampling_strategy is {values['train_sampling_strategy']}, not curriculum"
         )
+    if values["eval_on_policy_tokens"] != 128 and not values["eval_on_policy_prompts"]:
+        found.append("eval_on_policy_tokens can do nothing: eval_on_policy_prompts is 0")
     moving = [name for name, usual in _OF_SYNC if values[name] != usual]
     if moving and not values["sync_ref_model"]:
         found.append(f"{' and '.join(moving)} can do nothing: sync_ref_model is false, so the reference stays as it is")

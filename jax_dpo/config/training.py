@@ -208,6 +208,16 @@ class TrainingOptions:
         check=at_least(0),
     )
     eval_on_start: bool = option(False, "Evaluate before the first step too.", group="Evaluation")
+    eval_on_policy_prompts: int = option(
+        0,
+        "Number of prompts of each evaluation set that the policy answers at every evaluation, sampled from its own distribution, to "
+        "measure the exact KL along its own answers: eval_kl_on_policy. The weights are whole on each device meanwhile.",
+        group="Evaluation",
+        check=at_least(0),
+    )
+    eval_on_policy_tokens: int = option(
+        128, "Most tokens of an answer that eval_on_policy_prompts samples.", group="Evaluation", check=at_least(1)
+    )
     generate_samples: int = option(
         0,
         "Number of held-out prompts that the reference and the policy answer at the end, side by side.",

@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jax_dpo.models.config import ModelConfig
 from jax_dpo.models.decoder import blocks, embed, last_norm, rotary_tables, shaped_logits, unembedding
+from jax_dpo.sharding.mesh import row_shards
+from jax_dpo.sharding.place import fetch, rows_to_devices
 
 
 class Sampling(NamedTuple):
@@ -147,24 +150,31 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 42,
+    mesh: Mesh | None = None,
 ) -> list[list[int]]:
     """Token ids of an answer to each prompt, the stop token that ended it included.
 
     Args:
       params: the parameter tree in the compute dtype.
       stop_ids: tokens that end an answer; where there are none, every answer has `max_new_tokens` tokens.
+      mesh: spreads the prompts over the devices of its rows; `params` are whole on each of them. The answers are the same.
     """
+    wanted = len(prompts)
+    if mesh is not None:  # devices that would have nothing to do answer the first prompt once more
+        prompts = [*prompts, *[prompts[0]] * (-wanted % row_shards(mesh))]
     longest = -(-max(len(p) for p in prompts) // 32) * 32
     pad = np.array([longest - len(p) for p in prompts], np.int32)
     ids = np.zeros((len(prompts), longest), np.int32)
     for row, prompt in zip(ids, prompts):
         row[longest - len(prompt) :] = prompt
     stop = jnp.asarray(list(stop_ids) or [-1], jnp.int32)
-    sampling = Sampling(temperature, top_p)
-    answers = _decode(
-        config, params, jnp.asarray(ids), jnp.asarray(pad), max_new_tokens, stop, sampling, jax.random.key(seed)
-    )
-    return [_until_stop(row, set(stop_ids)) for row in np.asarray(answers).tolist()]
+    sampling, key = Sampling(temperature, top_p), jax.random.key(seed)
+    if mesh is None:
+        answers = _decode(config, params, jnp.asarray(ids), jnp.asarray(pad), max_new_tokens, stop, sampling, key)
+    else:
+        placed, pads = (rows_to_devices(x, mesh) for x in (ids, pad))
+        answers = fetch(_decode(config, params, placed, pads, max_new_tokens, stop, sampling, key))
+    return [_until_stop(row, set(stop_ids)) for row in np.asarray(answers)[:wanted].tolist()]
 
 
 def _until_stop(ids: list[int], stop: set[int]) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from jax_dpo.report import format as fmt
 from jax_dpo.report import sections, summary
 from jax_dpo.report.document import document, write_page
+from jax_dpo.report.kl_section import kl_detail
 from jax_dpo.report.markup import Markup, el
 from jax_dpo.report.records import Record, read_records
 from jax_dpo.report.summary import Run, eval_value, part
@@ -47,6 +48,7 @@ def page(run: Run, run_dir: Path) -> str:
         sections.curves(run),
         sections.actions(run),
         sections.evaluation(run),
+        kl_detail(run),
         sections.samples(run),
         sections.dropped(run, sections.read_dropped(run_dir / "dropped.jsonl")),
         sections.going_on(run, run_dir),

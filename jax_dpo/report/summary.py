@@ -194,6 +194,14 @@ def accuracy_text(record: Record | None) -> str:
     return "no preference yet" if no_preference(record) else fmt.percent(eval_value(record, "rewards/accuracies"))
 
 
+def on_policy_text(record: Record | None) -> str:
+    """The KL per token along sampled answers with its standard error; empty where nothing was sampled."""
+    if eval_key(record or {}, "kl_on_policy") is None:
+        return ""
+    error = fmt.finite(eval_value(record, "kl_on_policy/se"))
+    return fmt.number(eval_value(record, "kl_on_policy")) + ("" if error is None else f" ± {fmt.number(error)}")
+
+
 def nonfinite_text(record: Record) -> str:
     """What was not finite, where, and what was done."""
     step, rows, what = record.get("step"), record.get("rows"), record.get("what")

@@ -193,12 +193,12 @@ class Terminal:
             ("margin", fmt.signed(eval_value(record, "rewards/margins"))),
             ("accuracy", summary.accuracy_text(record)),
             ("KL", fmt.number(kl) + (f" > {bound:g}" if over else "")),
-        ]
+        ] + [("on policy", text) for text in [summary.on_policy_text(record)] if text]
         if not self.live:
             label = f"evaluation {name}" if name else "evaluation"
             self._say(f"step {record['step']}  {label}  " + "  ".join(f"{k} {v}" for k, v in values))
             return
-        widths = (9, 10, 19, 16)
+        widths = (9, 10, 19, 16, 18)
         head = f"{'step':>8}  {'set':<14}" if name else f"{'step':>8}"
         cells = f"{record['step']:>8}  {str(name)[:14]:<14}" if name else f"{record['step']:>8}"
         if self._rows % 20 == 0:
@@ -308,8 +308,6 @@ class Terminal:
             places.append(
                 ("best model", f"{folder / 'best'} (step {best.get('step')}, score {fmt.signed(best.get('score'))})")
             )
-        elif any("score" in r and r["score"] is None for r in run.checkpoints):
-            places.append(("best model", "none: no checkpoint was within the bound on KL"))
         places += [("report", str(folder / "report.html")), ("log", str(folder / "run.jsonl"))]
         if "tensorboard" in fmt.option(part(run.start, "options").get("report_to")):
             places.append(("curves", f"tensorboard --logdir {folder / 'tensorboard'}"))

@@ -48,6 +48,11 @@ def batch_to_devices(batch: Any, mesh: Mesh, rows: int, *, leading: int) -> Any:
     return jax.tree.map(put, batch)
 
 
+def rows_to_devices(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array that every process has whole, its first axis sharded over the devices' rows."""
+    return from_reader(x.shape, x.dtype, lambda index: x[index], NamedSharding(mesh, PartitionSpec(ROWS)))
+
+
 def fetch(tree: Any) -> Any:
     """The whole of every (possibly sharded) array as numpy, on every process."""
     if jax.process_count() == 1:

@@ -18,11 +18,13 @@ from jax_dpo.loss.family import LossOptions, mixed_loss
 from jax_dpo.loss.router import RouterSums, balance
 from jax_dpo.loss.scores import CHOSEN, PairSums
 from jax_dpo.train import metrics
-from jax_dpo.train.kl import ResponseKL, responses_of
+from jax_dpo.train.kl import ON_POLICY, ResponseKL, responses_of
 from jax_dpo.train.length import length_effect
 from jax_dpo.train.state import Frozen, Knobs
 
 Evaluator = Callable[[Tree, Frozen, Batch, Knobs], tuple[Any, PairSums, RouterSums | None]]
+OnPolicy = Callable[[Tree, Frozen, Knobs, int], dict[str, float]]
+"""(trained parameters, what stays, knobs, step) -> metrics; the step chooses the random numbers"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class EvalSet:
     by_batches: bool = False
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     """{field of `Batch`: [N]} what the data say of each pair"""
+    on_policy: OnPolicy | None = None
+    """samples answers to some of its prompts and gives the metrics of the KL along them"""
 
     @property
     def prefix(self) -> str:
@@ -70,23 +74,18 @@ def measure(
     knobs: Knobs,
     options: LossOptions,
     faulty: Callable[[np.ndarray], None] | None = None,
+    step: int | None = None,
 ) -> Measured:
     """Metrics of a held-out set.
 
-    `faulty` is told the positions of the pairs whose loss or log-ratio is not finite, if there are any.
+    `faulty` is told the positions of the pairs whose loss or log-ratio is not finite, if there are any. `step` is that of the policy;
+    without it nothing is sampled.
 
     The loss is the mean over pairs; the `sft` term of a pair is the mean over the chosen tokens of its evaluation batch, `aot*`
     sorts within that batch, and the router's loss of a pair is that of the batch.
     """
     began = time.perf_counter()
-    seen: list[tuple[np.ndarray, Any]] = []
-    for batch in held_out.batches():
-        results = run(params, frozen, batch, knobs)
-        seen.append((_whole(batch.index), jax.tree.map(np.asarray, results)))
-    index = np.concatenate([i.reshape(-1) for i, _ in seen])
-    order = np.argsort(index)[np.sum(index < 0) :]  # in the order of the set: sums do not depend on the packing
-    join = lambda *xs: np.concatenate([x.reshape(-1, *x.shape[2:]) for x in xs])[order]  # noqa: E731
-    loss, sums, routers = jax.tree.map(join, *(results for _, results in seen))
+    loss, sums, routers = of_pairs(run, held_out, params, frozen, knobs)
     loss = loss + _of_several(sums, held_out, knobs, options)
     aux = None
     if routers is not None:
@@ -109,7 +108,25 @@ def measure(
     seconds = time.perf_counter() - began
     found |= {"runtime": seconds, "samples_per_second": held_out.pairs / seconds}
     found["steps_per_second"] = math.ceil(held_out.pairs / held_out.group) / seconds
+    if held_out.on_policy is not None and step is not None:
+        began = time.perf_counter()
+        found |= held_out.on_policy(params, frozen, knobs, step)
+        found[f"{ON_POLICY}/runtime"] = time.perf_counter() - began
     return Measured({held_out.prefix + name: value for name, value in found.items()}, responses.profile())
+
+
+def of_pairs(
+    run: Evaluator, held_out: EvalSet, params: Tree, frozen: Frozen, knobs: Knobs
+) -> tuple[np.ndarray, PairSums, RouterSums | None]:
+    """What the evaluator says of each pair, [N, ...], in the order of the set: sums do not depend on the packing."""
+    seen: list[tuple[np.ndarray, Any]] = []
+    for batch in held_out.batches():
+        results = run(params, frozen, batch, knobs)
+        seen.append((_whole(batch.index), jax.tree.map(np.asarray, results)))
+    index = np.concatenate([i.reshape(-1) for i, _ in seen])
+    order = np.argsort(index)[np.sum(index < 0) :]
+    join = lambda *xs: np.concatenate([x.reshape(-1, *x.shape[2:]) for x in xs])[order]  # noqa: E731
+    return jax.tree.map(join, *(results for _, results in seen))
 
 
 def _of_several(sums: PairSums, held_out: EvalSet, knobs: Knobs, options: LossOptions) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ NAMES = (
     *(f"kl_sequence/{side}" for side in SIDES),
     *(f"kl_sequence/{q}" for q in QUANTILES),
 )
+
+ON_POLICY = "kl_on_policy"
 
 
 class Responses(NamedTuple):
@@ -131,6 +134,28 @@ class ResponseKL:
         found.kl, found.tokens = unpacked
         found.at = np.asarray(meta["at"], np.float64)
         return found
+
+
+def on_policy(kl: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """What answers sampled from the policy say of its KL: metrics under `kl_on_policy`.
+
+    Args:
+      kl: [n] sum of exact token KLs of the answer to each prompt, nats.
+      tokens: [n] its tokens.
+
+    Returns:
+      Per token r = sum kl / sum tokens, with its standard error over prompts as that of a ratio of two means (to first order:
+      sqrt(n / (n - 1) sum (kl - r tokens)^2) / sum tokens; Cochran, Sampling Techniques, 6.4); per answer the mean and its standard
+      error; the mean length. No standard error of a single prompt.
+    """
+    kl, tokens = np.asarray(kl, np.float64), np.asarray(tokens, np.float64)
+    n, total = len(kl), tokens.sum()
+    ratio, mean = kl.sum() / total, kl.mean()
+    found = {"": _shown(ratio), "/sequence": _shown(mean), "/length": total / n}
+    if n > 1:
+        found["/se"] = math.sqrt(n / (n - 1) * ((kl - ratio * tokens) ** 2).sum()) / total
+        found["/sequence_se"] = kl.std(ddof=1) / math.sqrt(n)
+    return {ON_POLICY + name: float(x) for name, x in found.items()}
 
 
 def _quantiles(x: np.ndarray) -> dict[str, float]:

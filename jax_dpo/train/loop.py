@@ -248,7 +248,7 @@ class Loop:
             knobs = self._judging_knobs()
             tell = partial(self._faulty_evaluation, held_out)
             against = (self.state.params, frozen, knobs, parts.options)
-            metrics, profile = measure(parts.evaluator, held_out, *against, tell)
+            metrics, profile = measure(parts.evaluator, held_out, *against, tell, self.progress.step)
             more = ({} if held_out.name is None else {"set": held_out.name}) | {"kl_profile": profile}
             self._write("eval", {**metrics, "beta": beta, **more, **self._tokens_so_far(held_out)})
             parts.notify("on_evaluate", metrics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,6 +145,36 @@ class Some:
 
     def columns(self, beta: float) -> dict[str, np.ndarray]:
         return {field: x[self.positions] for field, x in self.whole.columns(beta).items()}
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Answers sampled to prompts, laid out as pairs without a rejected answer.
+
+    `room` is the most tokens that an answer may have; each takes up as much, so that the batches have one shape whatever the answers are.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    answers: Sequence[Sequence[int]]
+    room: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def tree(self, i: int) -> Tree:
+        prompt, answer = (np.asarray(x[i], np.int32) for x in (self.prompts, self.answers))
+        return Tree(prompt, answer, prompt, answer[:0], shared=True)
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(np.array([len(p) + self.room for p in self.prompts]), np.full(len(self.prompts), self.room))
+
+    @property
+    def longest(self) -> int:
+        return int(self.sizes.tokens.max())
+
+    def columns(self, beta: float) -> dict[str, np.ndarray]:
+        return {}
 
 
 def data_options(config: DPOConfig, *, held_out: bool = False) -> DataOptions:

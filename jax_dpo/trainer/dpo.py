@@ -362,7 +362,7 @@ class DPOTrainer(TrlSurface):
         self._arrange()
         self._load()
         with self._memory("evaluating"):
-            found = evaluation_metrics(self, sets, self._device_state, self._frozen)
+            found = evaluation_metrics(self, sets, self._device_state, self._frozen, self.state.global_step)
         return found if self.trained_tokens is None else {**found, "epoch": self.state.epoch}
 
     def save_model(self, output_dir: str | Path | None = None, dtype: str = "auto", *, merge: bool = False) -> None:

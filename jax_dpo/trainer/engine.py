@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ from jax_dpo.train.probe import make_probe_states
 from jax_dpo.train.state import Frozen, Knobs, Probe, TrainState
 from jax_dpo.train.step import make_evaluation, make_step, make_sync
 from jax_dpo.train.trust_region import REGION_START, spread_over
-from jax_dpo.trainer.datasets import PairSet, Some
+from jax_dpo.trainer.datasets import PairSet, Sampled, Some
 from jax_dpo.trainer.models import (
     Pairing,
     facts_of,
@@ -200,11 +200,13 @@ class Engine:
         sets = [s for s in (self.train_set, *self.eval_sets.values()) if s is not None]
         return self._feed(sets, self.train_set, self.plan)
 
-    def feed_of(self, data: PairSet, batch: int | None = None) -> Feed:
+    def feed_of(self, data: PairSet | Sampled, batch: int | None = None) -> Feed:
         """Batches for a forward pass over one set, of the tokens of `batch` padded pairs a device; None: as in training."""
         return self._feed([data], None, None, batch)
 
-    def _feed(self, sets: list[PairSet], train: PairSet | None, plan: Plan | None, batch: int | None = None) -> Feed:
+    def _feed(
+        self, sets: Sequence[PairSet | Sampled], train: PairSet | None, plan: Plan | None, batch: int | None = None
+    ) -> Feed:
         c, shards = self.config, row_shards(self.mesh)
         whole = Sizes(*(np.concatenate([getattr(s.sizes, f) for s in sets]) for f in Sizes._fields))
         longest = max(s.longest for s in sets)
@@ -329,7 +331,7 @@ class Engine:
         evaluate(self.evaluator, some, state.params, frozen, knobs, self.options, found.append)
         return positions[np.concatenate(found)] if found else positions[:0]
 
-    def held_out(self, name: str | None, data: PairSet | Some, *, alone: bool = False) -> EvalSet:
+    def held_out(self, name: str | None, data: PairSet | Some | Sampled, *, alone: bool = False) -> EvalSet:
         """An evaluation set in batches of the training shape, or of a shape of its own where its pairs do not fit. `alone`: a row holds
         one pair."""
         feed = self._held_out_feed(data)
@@ -345,7 +347,7 @@ class Engine:
         by_batches = c.eval_weighting == "batches"
         return EvalSet(name, len(data), batches, c.per_device_eval_batch_size, by_batches, columns)
 
-    def _held_out_feed(self, data: PairSet | Some) -> Feed:
+    def _held_out_feed(self, data: PairSet | Some | Sampled) -> Feed:
         shape = self.feed.shape
         if data.sizes.tokens.max() > shape.row_tokens or data.sizes.scored.max() > shape.row_scored:
             return self.feed_of(data.whole if isinstance(data, Some) else data)

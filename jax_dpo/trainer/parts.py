@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,7 @@ from jax_dpo.train import nonfinite
 from jax_dpo.train.checkpoint import Checkpoints
 from jax_dpo.train.control import KL_ACTIONS, ControlState, KLControl
 from jax_dpo.train.controllers import AdaptiveBeta, Controller, DualKLCoef, PIBeta
-from jax_dpo.train.evaluate import evaluate
+from jax_dpo.train.evaluate import EvalSet, evaluate
 from jax_dpo.train.flops import matmul_rate, peak_of
 from jax_dpo.train.parts import Parts
 from jax_dpo.train.plan import Plan, interval, total_steps
@@ -38,6 +39,7 @@ from jax_dpo.trainer import outputs
 from jax_dpo.trainer.curriculum import curriculum_record
 from jax_dpo.trainer.datasets import PairSet
 from jax_dpo.trainer.models import parameter_count
+from jax_dpo.trainer.on_policy import on_policy_of
 from jax_dpo.trainer.run import Run
 
 # Share of the measured matmul rate that a step reaches, for the time that is announced before the first step.
@@ -171,6 +173,8 @@ def ranking_of(config: DPOConfig, sets: Mapping[str | None, PairSet]) -> Ranking
     from jax_dpo.train.metrics import Sums, named
 
     names = [*named(dict.fromkeys(Sums._fields, 1.0)), *kl.NAMES]
+    if config.eval_on_policy_prompts:
+        names += [kl.ON_POLICY, f"{kl.ON_POLICY}/sequence"]
     metric = config.metric_for_best_model
     named_sets = [n for n in sets if n is not None]
     which = named_sets[0] if named_sets else None
@@ -261,7 +265,7 @@ def assemble(
     assert plan is not None and run.train_set is not None
     out = Path(config.output_dir)
     named: dict[str | None, PairSet] = {**engine.eval_sets, nonfinite.TRAINING: run.train_set}
-    eval_sets = tuple(engine.held_out(name, data) for name, data in engine.eval_sets.items())
+    eval_sets = tuple(_held_out(run, name, data) for name, data in engine.eval_sets.items())
     ranking = ranking_of(config, engine.eval_sets)
     writers = Writers(log, open_writers(config.report_to, out, config.run_name, config.project) if primary else ())
 
@@ -308,18 +312,24 @@ def assemble(
     )
 
 
+def _held_out(run: Run, name: str | None, data: PairSet) -> EvalSet:
+    return replace(run.engine.held_out(name, data), on_policy=on_policy_of(run, data))
+
+
 def evaluation_metrics(
-    run: Run, sets: Mapping[str | None, PairSet], state: TrainState, frozen: Frozen
+    run: Run, sets: Mapping[str | None, PairSet], state: TrainState, frozen: Frozen, step: int
 ) -> dict[str, float]:
-    """All sets at the configured beta. Rows whose numbers are not finite are shown, or warned of where nothing is shown."""
+    """All sets at the configured beta, as the run stands at `step`. Rows whose numbers are not finite are shown, or warned of where
+    nothing is shown."""
     engine, config = run.engine, run.args
     knobs = Knobs(jnp.float32(0), jnp.float32(config.beta), jnp.float32(config.kl_coef))
     found: dict[str, float] = {}
     held = engine.against(state, frozen)
     for name, data in sets.items():
-        held_out = engine.held_out(name, data)
+        held_out = _held_out(run, name, data)
         faulty: list[np.ndarray] = []
-        found |= evaluate(engine.evaluator, held_out, state.params, held, knobs, engine.options, faulty.append)
+        against = (state.params, held, knobs, engine.options)
+        found |= evaluate(engine.evaluator, held_out, *against, faulty.append, step)
         for pairs in faulty:
             fault = nonfinite.of_evaluation(None, engine.faulty_pairs(data, pairs, state, held), pairs)
             record = {"kind": "nonfinite", **fault.record(data.data.row_names, "counted")}
@@ -425,5 +435,8 @@ def _expected_seconds(run: Run) -> float:
     evaluations = (plan.total // plan.eval_steps + plan.eval_on_start) if plan.eval_steps else 0
     held_out = sum(len(s) for s in engine.eval_sets.values())
     work = step * plan.total + 0.5 * pair * held_out * evaluations
+    # A sampled token counts as one of a step: three forward passes, of which the one that draws it takes longer than its FLOPs.
+    sampled = run.args.eval_on_policy_prompts * run.args.eval_on_policy_tokens * len(engine.eval_sets)
+    work += engine.work.token * sampled * evaluations
     devices = jax.device_count() if platform != "cpu" else 1
     return work / (rate * devices * EXPECTED_EFFICIENCY.get(platform, 0.35)) + 10.0

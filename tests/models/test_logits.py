@@ -19,6 +19,7 @@ from jax_dpo.models.decoder import logits
 from jax_dpo.models.families import FAMILIES
 from jax_dpo.models.generate import generate
 from jax_dpo.policy import Policy, load_model
+from jax_dpo.sharding.mesh import make_mesh, replicated
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "models"
 
@@ -95,3 +96,31 @@ def test_an_answer_is_what_the_logits_say(family: str) -> None:
         text[0, : len(whole)] = whole
         z = np.asarray(policy(text, (np.arange(24) < len(whole))[None]))[0]
         assert answer == z[len(prompt) - 1 : len(whole) - 1].argmax(-1).tolist()
+
+
+def test_samples_have_the_probabilities_of_the_logits() -> None:
+    """One token to each of 3000 equal prompts at temperature 1, against the softmax: Pearson's statistic of the counts."""
+    policy, draws = model("llama"), 3000
+    prompt = [3, 1, 4, 1, 5]
+    answers = generate(
+        policy.config, policy.params, [prompt] * draws, max_new_tokens=1, stop_ids=[], temperature=1.0, seed=5
+    )
+    z = np.asarray(policy(np.asarray([prompt]), None), np.float64)[0, -1]
+    p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    counts = np.bincount([a[0] for a in answers], minlength=len(p))
+    often = p * draws >= 5
+    seen, expected = (np.append(x[often], x[~often].sum()) for x in (counts, p * draws))
+    statistic, freedom = ((seen - expected) ** 2 / expected).sum(), len(seen) - 1
+    assert freedom > 5 and abs(statistic - freedom) < 4 * np.sqrt(2 * freedom)
+
+
+def test_devices_share_the_prompts_and_answer_the_same() -> None:
+    policy = model("llama")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, policy.config.vocab_size, n).tolist() for n in (9, 4, 6)]
+    options: dict[str, Any] = {"max_new_tokens": 8, "stop_ids": [7], "temperature": 1.0, "seed": 3}
+    mesh = make_mesh(1, 4, 2)
+    whole = jax.device_put(policy.params, replicated(mesh))
+    assert generate(policy.config, whole, prompts, mesh=mesh, **options) == generate(
+        policy.config, policy.params, prompts, **options
+    )

@@ -129,6 +129,8 @@ def test_an_adapter_rolled_back_and_sampled_is_one_run_too(long: Cluster, tmp_pa
         "save_steps": 2,
         "eval_steps": 2,
         "generate_samples": 2,
+        "eval_on_policy_prompts": 3,
+        "eval_on_policy_tokens": 5,
         "load_best_model_at_end": True,
     }
     for name, processes in (("two", 2), ("one", 1)):
@@ -138,6 +140,9 @@ def test_an_adapter_rolled_back_and_sampled_is_one_run_too(long: Cluster, tmp_pa
     found, expected = (tiny.records(tmp_path / name) for name in ("two", "one"))
     assert [(r["kind"], r["step"]) for r in found] == [(r["kind"], r["step"]) for r in expected]
     assert any(r["kind"] == "kl_action" and r["action"] == "rollback" for r in found)
+    on_policy = [[r["eval_kl_on_policy"] for r in tiny.records(tmp_path / n, "eval")] for n in ("two", "one")]
+    np.testing.assert_allclose(*on_policy, rtol=1e-3, atol=1e-6)
+    assert on_policy[0][-1] > 0
     samples = [tiny.records(tmp_path / name, "samples")[0]["samples"] for name in ("two", "one")]
     assert samples[0] == samples[1]
     mine, theirs = (tiny.tensors(tmp_path / name / "final", "adapter_model.safetensors") for name in ("two", "one"))

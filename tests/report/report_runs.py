@@ -138,6 +138,33 @@ def evaluate(step: int, steps: int = 24, kl: float | None = None, name: str | No
     return {**record, **{prefix + k: v for k, v in metrics.items()}, **more}
 
 
+def detailed(record: Record) -> Record:
+    """An evaluation with all that is said of single answers, and of answers sampled from the policy."""
+    set_name = record.get("set")
+    prefix = f"eval_{set_name}_" if set_name else "eval_"
+    kl = record[prefix + "kl_divergence"]
+    spread = {"p50": 0.8, "p90": 1.7, "max": 3.1}
+    metrics = {"kl_sequence": 30 * kl, "kl_on_policy": 1.3 * kl, "kl_on_policy/se": 0.1 * kl}
+    metrics |= {"kl_on_policy/sequence": 52 * kl, "kl_on_policy/sequence_se": 4 * kl, "kl_on_policy/length": 40.0}
+    profile: dict[str, Any] = {"positions": [[1, 1], [2, 4], [5, 8], [9, 16]]}
+    for i, side in enumerate(("chosen", "rejected")):
+        share = 0.9 + 0.2 * i
+        metrics |= {f"kl_divergence/{side}": share * kl, f"kl_sequence/{side}": 30 * share * kl}
+        at = [share * kl * x for x in (2.5, 1.6, 1.1)] + [None if i else 0.7 * kl]
+        each = {q: share * x * kl for q, x in spread.items()}
+        sums = {q: 30 * x for q, x in each.items()}
+        profile[side] = {
+            "responses": 96,
+            "kl_divergence": each,
+            "kl_sequence": sums,
+            "kl_at": at,
+            "tokens_at": [96, 288, 310, 0 if i else 77],
+        }
+    for q, x in spread.items():
+        metrics |= {f"kl_divergence/{q}": x * kl, f"kl_sequence/{q}": 30 * x * kl}
+    return {**record, **{prefix + k: v for k, v in metrics.items()}, "kl_profile": profile}
+
+
 def checkpoint(step: int, score: float | None, best: bool = True) -> Record:
     return {
         "kind": "checkpoint",
@@ -228,6 +255,11 @@ def healthy(steps: int = 24, every: int = 6) -> list[Record]:
             found = evaluate(step, steps)
             records += [found, checkpoint(step, found["eval_rewards/margins"])]
     return [*records, samples(steps), verdict(steps, best=steps), end(steps)]
+
+
+def in_detail(records: list[Record]) -> list[Record]:
+    """The same with `detailed` evaluations."""
+    return [detailed(r) if r["kind"] == "eval" else r for r in records]
 
 
 def failing(steps: int = 600, every: int = 50) -> list[Record]:

@@ -27,6 +27,8 @@ RUNS = {
     "not finite": runs.not_finite(),
     "resumed": runs.resumed(),
     "several sets": runs.several_sets(),
+    "in detail": runs.in_detail(runs.healthy()),
+    "several sets in detail": runs.in_detail(runs.several_sets()),
     "only the start": [runs.start()],
     "one step": [runs.start(), runs.train(1)],
     "a lone evaluation": [runs.evaluate(7)],

@@ -263,3 +263,12 @@ def test_an_estimate_is_not_shown_as_the_kl() -> None:
     exact = LiveLine(Clock())
     exact.move(1, 10, {"loss": 0.5, "kl_divergence": 0.25})
     assert dict(exact.pieces())["kl"] == "KL 0.250"
+
+
+@pytest.mark.parametrize("tty", [False, True])
+def test_an_evaluation_that_sampled_says_so(tty: bool) -> None:
+    text = _CODES.sub("", show(runs.in_detail(runs.healthy()), tty=tty)).replace("\r", "\n")
+    value = r"0\.1261 ± 0\.0097"
+    assert re.search(
+        rf"\n +24 .* 0\.0970 +{value}\n" if tty else rf"\nstep 24 .*  KL 0\.0970  on policy {value}\n", text
+    )

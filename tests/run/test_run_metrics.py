@@ -57,6 +57,8 @@ def test_the_page_names_whatever_an_evaluation_has_under_the_name_of_its_set(tra
     lengths = ("length/chosen", "length/rejected", "length/chosen_longer")
     base = ("loss", "runtime", "samples_per_second", "steps_per_second", "num_tokens", *lengths)
     of_lines = {"eval_length/margin_slope", "eval_length/margin_correlation"}  # all answers here are of one length
+    sampled = {f"eval_kl_on_policy{n}" for n in ("", "/se", "/sequence", "/sequence_se", "/length", "/runtime")}
+    of_lines |= sampled  # nor is anything sampled
     assert own == {f"eval_{n}" for n in base} | of_lines
     for record in tiny.records(Path(trainer.args.output_dir), "eval"):
         prefix = f"eval_{record['set']}_"

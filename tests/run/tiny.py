@@ -175,6 +175,7 @@ TIMING += (
     "eval_runtime",
     "eval_samples_per_second",
     "eval_steps_per_second",
+    "eval_kl_on_policy/runtime",
 )
 
 

@@ -13,7 +13,7 @@ import pytest
 from jax_dpo.arrays import TokenStats
 from jax_dpo.loss.positions import buckets
 from jax_dpo.loss.scores import PairSums, pair_sums
-from jax_dpo.train.kl import NAMES, ResponseKL, Responses, responses_of
+from jax_dpo.train.kl import NAMES, ResponseKL, Responses, on_policy, responses_of
 from jax_dpo.train.metrics import Window
 
 # Scored tokens of (chosen, rejected) of each pair, by rows; a side of a pair may have none.
@@ -141,3 +141,18 @@ def test_without_a_reference_there_is_nothing() -> None:
     zero = jnp.zeros((1, 2, 2))
     assert responses_of(PairSums(zero, zero, None, zero + 1, zero, zero, zero, zero)) is None
     assert ResponseKL().metrics() == {} and ResponseKL().profile() == {}
+
+
+def test_on_policy_errors_are_those_of_many_draws() -> None:
+    """The standard error of the ratio is the spread of the ratios of many sets of prompts, to a few percent."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(5, 60, (4000, 64)).astype(np.float64)
+    kl = tokens * rng.gamma(2.0, 0.05, tokens.shape) * (1 + tokens / 60)
+    found = [on_policy(k, t) for k, t in zip(kl, tokens)]
+    for value, error in (("kl_on_policy", "kl_on_policy/se"), ("kl_on_policy/sequence", "kl_on_policy/sequence_se")):
+        spread = np.std([f[value] for f in found])
+        assert np.mean([f[error] for f in found]) == pytest.approx(spread, rel=0.04)
+    assert found[0]["kl_on_policy/length"] == tokens[0].mean()
+    assert set(on_policy(kl[0, :1], tokens[0, :1])) == {
+        f"kl_on_policy{x}" for x in ("", "/sequence", "/length")
+    }  # one prompt has no spread
