@@ -308,6 +308,8 @@ class Terminal:
             places.append(
                 ("best model", f"{folder / 'best'} (step {best.get('step')}, score {fmt.signed(best.get('score'))})")
             )
+        elif any("score" in r and r["score"] is None for r in run.checkpoints):
+            places.append(("best model", "none: no checkpoint was within the bound on KL"))
         places += [("report", str(folder / "report.html")), ("log", str(folder / "run.jsonl"))]
         if "tensorboard" in fmt.option(part(run.start, "options").get("report_to")):
             places.append(("curves", f"tensorboard --logdir {folder / 'tensorboard'}"))

@@ -10,7 +10,7 @@ the rest of the run. Where the reference is another model than the start there i
 
 A learning rate that is far too high would have the policy thrown out and brought back at every step, which leaves it little more than
 its last update. So the rate is lowered until an update overshoots by no more than `OVERSHOOT` of the way: then the policy is made of
-the last 1 / `OVERSHOOT` updates and more, as the schedule falls. It rises again, slowly, where updates are taken whole.
+the last few updates, and of more and more as the schedule falls. It rises again, slowly, where updates are taken whole.
 
 The limit is `AIM` of `target_kl`, divided by how much higher the KL of the whole evaluation set was than the probe set's when both were
 last seen. Until they were, it is `CAUTION` of `target_kl`: what a few pairs say of all is not known then.
@@ -32,8 +32,10 @@ KNOWN_FROM = 0.1  # of target_kl: below it the ratio of two KLs is not what it w
 MOST_TRIES = 6
 CLOSE = 0.8  # of the limit: where the policy was scaled back, less would be given away
 UNKNOWN = -1.0  # a KL that has not been measured; no KL is below 0
-OVERSHOOT = 0.05  # of the way from the start
-LOWERED, RAISED = 0.2, 1.02  # the rate's share changes by no less and no more in a step
+# Of the way from the start. At 0.05 the first few updates, far too large, decided the demo's run at five times its rate (held-out margin
+# +0.28, accuracy 83 %); where it was a quarter, and less with the schedule, the run ended at +0.33 and 88 %.
+OVERSHOOT = 0.25
+RAISED = 1.02  # the rate's share rises by no more in a step
 REGION_START = {"kl": UNKNOWN, "rate": 1.0}
 """what a trust region remembers (`TrainState.region`), before the first step"""
 
@@ -135,7 +137,7 @@ def _tried(
 def next_rate(share: jax.Array, scale: jax.Array) -> jax.Array:
     """The share of the scheduled learning rate for the next step, after a step whose way was scaled by `scale`."""
     over = 1.0 - scale
-    factor = jnp.where(over > OVERSHOOT, jnp.maximum(OVERSHOOT / over, LOWERED), RAISED)
+    factor = jnp.where(over > OVERSHOOT, OVERSHOOT / over, RAISED)
     return jnp.minimum(share * factor, 1.0)
 
 

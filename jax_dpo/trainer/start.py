@@ -35,7 +35,7 @@ class Start:
         state, meta = parts.checkpoints.restore(where, abstract)
         progress = Progress.from_meta(meta)
         progress.keep_saved(parts.checkpoints.steps())
-        if self.path is None or self.path.parent == parts.checkpoints.output_dir:
+        if self.path is None or self.path.parent.resolve() == parts.checkpoints.output_dir.resolve():
             parts.writers.log.truncate_after(self.step)
         record = parts.writers.write({"kind": "resume", "step": self.step, "from": f"checkpoint-{self.step}"})
         parts.display.write(record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import edit
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS / "run"))  # the runner of the command line, tiny.py
@@ -39,11 +39,6 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(INPUTS, folder)
     monkeypatch.chdir(folder)
     return folder
-
-
-def edit(path: Path, **changes: Any) -> None:
-    """Sets values of a JSON file."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 
 from jax_dpo.train.trust_region import (
     MOST_TRIES,
+    OVERSHOOT,
     UNKNOWN,
     Accepted,
     along_update,
@@ -119,12 +120,13 @@ def test_the_rate_is_lowered_until_updates_overshoot_by_little() -> None:
             scale = jnp.float32(1 / (1 + gain * float(share)))
             share = next_rate(share, scale)
             shares.append(float(share))
-        most = 0.05 / 0.95 / gain
+        most = OVERSHOOT / (1 - OVERSHOOT) / gain
         assert shares[-1] == pytest.approx(min(1.0, most), rel=0.05)
         assert min(shares) > 0.15 * min(1.0, most), "no further down than it must"
     assert float(next_rate(jnp.float32(0.5), jnp.float32(1))) == pytest.approx(0.51)
     assert float(next_rate(jnp.float32(1), jnp.float32(1))) == 1
-    assert float(next_rate(jnp.float32(1), jnp.float32(0.1))) == pytest.approx(0.2)
+    assert float(next_rate(jnp.float32(1), jnp.float32(0.1))) == pytest.approx(0.25 / 0.9)
+    assert float(next_rate(jnp.float32(1), jnp.float32(0.0))) == pytest.approx(0.25)
 
 
 def test_the_limit_follows_what_the_probe_set_says_of_all() -> None:
