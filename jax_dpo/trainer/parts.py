@@ -41,6 +41,7 @@ from jax_dpo.trainer.datasets import PairSet
 from jax_dpo.trainer.models import parameter_count
 from jax_dpo.trainer.on_policy import on_policy_of
 from jax_dpo.trainer.run import Run
+from jax_dpo.trainer.served import served_warnings
 
 # Share of the measured matmul rate that a step reaches, for the time that is announced before the first step.
 EXPECTED_EFFICIENCY = {"cpu": 0.55, "gpu": 0.35, "tpu": 0.35}
@@ -369,6 +370,7 @@ def start_record(run: Run) -> Record:
     warnings = [
         *config.warnings(adapter=policy.config.lora is not None, data_parallel=row_shards(mesh)),
         *plan_warnings(plan, config),
+        *served_warnings(policy.config.lora, config),
         *run.notes,
         *(w for s in sets.values() for w in s.data.warnings),
     ]
