@@ -147,6 +147,7 @@ SCRIPT_DEFAULTS: dict[str, Any] = {
     "test_split_size": None,
     "datasets": [],
     "dataset_streaming": False,
+    "retry": 0,
     "use_peft": False,
     "lora_r": 16,
     "lora_alpha": 32,

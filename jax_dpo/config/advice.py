@@ -235,6 +235,7 @@ PYTHON_ADVICE: dict[str, str] = {
     "dataset_streaming": "pass an IterableDataset to DPOTrainer(train_dataset=...)",
     "streaming": "pass an IterableDataset to DPOTrainer(train_dataset=...)",
     "env": "set os.environ before jax is imported",
+    "retry": "run `jax-dpo train --retry N`; in Python make another DPOTrainer with what the advice in verdict.json says",
     "use_peft": _LORA_PYTHON,
     "lora_r": _LORA_PYTHON,
     "lora_alpha": _LORA_PYTHON,

@@ -146,6 +146,14 @@ class ScriptArguments:
         group="Data",
     )
 
+    retry: int = option(
+        0,
+        "How many times the run is made again where a gate failed, each time with the change that the gate advises; what failed is set "
+        "aside in output_dir/attempt-1, ... and compared in comparison.html.",
+        group="Attempts",
+        check=at_least(0),
+    )
+
     use_peft: bool = option(False, "Train a LoRA adapter; the model itself is the reference.", group="LoRA")
     lora_r: int = option(16, "Rank of the adapter.", group="LoRA", check=at_least(1))
     lora_alpha: int | float = option(32, "The adapter counts lora_alpha / lora_r.", group="LoRA", check=above(0))

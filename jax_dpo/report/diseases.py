@@ -160,7 +160,7 @@ def kl_near(case: Case) -> Words | None:
         return None
     text = (
         f"The KL {where} (step {step:,}) is {fmt.number(kl)}, {100 * kl / bound:.0f} % of its bound {bound:g}, and rises "
-        f"({line.text}): at this speed it passes the bound in about {max(1, round(left)):,} steps."
+        f"({line.text}): at this speed it passes the bound in about {_steps(max(1, round(left)))}."
     )
     return (
         text,
@@ -193,7 +193,7 @@ def loss_spikes(case: Case) -> Words | None:
     if diverged:
         said.append(f"The loss ends at {fmt.number(median(late))}, above its first value {fmt.number(first)}")
     if skipped:
-        said.append(f"{len(skipped)} steps were not finite and left out")
+        said.append(f"{_steps(len(skipped))} not finite, left out")
     advice = (
         f"Lower {case.change('learning_rate', 0.5)}; more warmup_steps, a larger batch or a smaller "
         f"{case.change('max_grad_norm', 0.5)} help as well."
@@ -413,3 +413,7 @@ def always_clipped(case: Case) -> Words | None:
         "AdamW divides by the gradient's own size, so this is seldom harmful with it. To clip only what is unusual: "
         f"max_grad_norm {rounded}; a larger batch or a lower beta makes gradients smaller."
     )
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'' if count == 1 else 's'}"

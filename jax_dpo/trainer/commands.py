@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_dpo.config import DPOConfig, ScriptArguments
 from jax_dpo.data.load import Rows, Stream, is_stream, list_splits, load_rows, open_stream, split_rows
 from jax_dpo.data.mixture import Source, load_mixture
-from jax_dpo.errors import OK, STOPPED, Stopped, UserError
+from jax_dpo.errors import GATE_FAILED, OK, STOPPED, Stopped, UserError
 from jax_dpo.models.lora import LoraConfig
+from jax_dpo.report.records import Record, json_ready
 from jax_dpo.report.terminal import Quiet, Terminal
 from jax_dpo.sharding.multihost import is_primary, leave
+from jax_dpo.train.agree import raise_together
+from jax_dpo.train.retry import CHANGED, next_change
+from jax_dpo.trainer.attempts import Attempt, compare_attempts, complete_moves, earlier_attempts, set_aside
+from jax_dpo.trainer.outputs import holds_run
+from jax_dpo.trainer.start import option_differences
 
 
 def _is_streamed(script: ScriptArguments) -> bool:
@@ -75,11 +83,95 @@ def _adapter(script: ScriptArguments) -> LoraConfig | None:
 
 
 def run_training(script: ScriptArguments, config: DPOConfig) -> int:
-    """`jax-dpo train`: returns the exit code of the verdict, or that of a run stopped by a signal."""
-    from jax_dpo.trainer.dpo import DPOTrainer
+    """`jax-dpo train`: returns the exit code of the last attempt's verdict, or that of a run stopped by a signal.
+
+    Where a gate failed and `script.retry` allows it, the run is set aside and made again with the change that is advised.
+    """
     from jax_dpo.trainer.setup import prepare_jax
 
-    notes = prepare_jax(config)
+    notes, out = [*script.warnings(), *prepare_jax(config)], Path(config.output_dir)
+    earlier = _attempts_so_far(out, config)
+    while True:
+        said = [f"attempt {len(earlier) + 1}: {earlier[-1].change.text}"] if earlier else []
+        ended = _train_once(script, changed_by(config, earlier) if earlier else config, [*said, *notes])
+        change = None
+        if ended.code == GATE_FAILED and len(earlier) < script.retry:
+            change = next_change(ended.last("verdict"), ended.last("start"), [(a.change, a.options) for a in earlier])
+            if change is None:
+                _say(f"no further attempt: nothing of {', '.join(CHANGED)} is left to change for the gate that failed")
+        if change is None:
+            break
+        folder = _primary_does(partial(set_aside, out, change))
+        _say(f"attempt {len(earlier) + 1} of {script.retry + 1} is set aside in {folder}; again with {change.text}\n")
+        earlier = [*earlier, earlier_attempts(out)[-1]]
+    if earlier and ended.code in (OK, GATE_FAILED):
+        page = _primary_does(lambda: compare_attempts(out))
+        _say(f"the attempts on one page: {page}")
+    leave()
+    if ended.already:
+        _say(f"{config.output_dir} holds this run, finished: nothing to do. --overwrite_output_dir starts it over.")
+    return ended.code
+
+
+def _say(text: str) -> None:
+    if is_primary():
+        print(text, flush=True)
+
+
+def _primary_does(act: Callable[[], Any]) -> Any:
+    """What the process that writes does while the others wait; its error is everybody's. None on the others."""
+    error, result = None, None
+    if is_primary():
+        try:
+            result = act()
+        except UserError as found:
+            error = found
+    raise_together(error)
+    return result
+
+
+def _attempts_so_far(out: Path, config: DPOConfig) -> list[Attempt]:
+    """The attempts that this run goes on from; none where it begins anew, or is refused since something is there.
+
+    Raises:
+      UserError: they are attempts at a run of other options; one that cannot be read; the disk refuses.
+    """
+    _primary_does(lambda: complete_moves(out))
+    if config.overwrite_output_dir or config.resume_from_checkpoint not in ("auto", True):
+        return []
+    earlier = earlier_attempts(out)
+    if not earlier:
+        return []
+    changed = option_differences(earlier[0].options, json_ready(config.to_dict()))
+    if changed:
+        raise UserError(
+            "output-dir-other-run",
+            f"{out} holds {len(earlier) + 1} attempts at a run of other options: {'; '.join(changed)}. To start over: "
+            "--overwrite_output_dir. To keep it: another --output_dir.",
+        )
+    return earlier
+
+
+def changed_by(config: DPOConfig, earlier: Sequence[Attempt]) -> DPOConfig:
+    """The options of the attempt after these."""
+    changes = {a.change.option: a.change.new for a in earlier}
+    # A run without a checkpoint yet has nothing that `true` could go on from.
+    resume = config.resume_from_checkpoint if holds_run(Path(config.output_dir)) else "auto"
+    return replace(config, overwrite_output_dir=False, resume_from_checkpoint=resume, **changes)  # type: ignore[arg-type]
+
+
+class _Ended(NamedTuple):
+    code: int
+    already: bool
+    records: list[Record]
+
+    def last(self, kind: str) -> Record:
+        return next(r for r in reversed(self.records) if r["kind"] == kind)
+
+
+def _train_once(script: ScriptArguments, config: DPOConfig, notes: list[str]) -> _Ended:
+    from jax_dpo.trainer.dpo import DPOTrainer
+
     display = (
         Terminal(output_dir=config.output_dir, live=False if config.disable_tqdm else None) if is_primary() else Quiet()
     )
@@ -97,18 +189,13 @@ def run_training(script: ScriptArguments, config: DPOConfig) -> int:
             display=display,
             revision=script.model_revision,
         )
-        trainer.notes = list(dict.fromkeys([*script.warnings(), *notes, *trainer.notes]))
+        trainer.notes = list(dict.fromkeys([*notes, *trainer.notes]))
         trainer.train()
-        code = trainer.exit_code
-        already = trainer.already_finished
+        return _Ended(trainer.exit_code, trainer.already_finished, trainer.records)
     except Stopped:
-        code, already = STOPPED, False
+        return _Ended(STOPPED, False, [])
     finally:
         display.close()
-    leave()
-    if already and is_primary():
-        print(f"{config.output_dir} holds this run, finished: nothing to do. --overwrite_output_dir starts it over.")
-    return code
 
 
 def run_evaluation(script: ScriptArguments, config: DPOConfig) -> int:

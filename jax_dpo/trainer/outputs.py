@@ -32,9 +32,9 @@ def finished(output_dir: Path) -> bool:
     return (output_dir / "verdict.json").exists()
 
 
-def refuse_second_run(output_dir: Path) -> None:
-    """Raises UserError for a directory that holds a run, with the ways out."""
-    if holds_run(output_dir):
+def refuse_second_run(output_dir: Path, *, attempts: bool = False) -> None:
+    """Raises UserError for a directory that holds a run, or earlier `attempts` at one, with the ways out."""
+    if holds_run(output_dir) or attempts:
         raise UserError(
             "output-dir-taken",
             f"{output_dir} holds a run already. To go on with it: --resume_from_checkpoint true (or auto). To start over in its "
@@ -42,14 +42,20 @@ def refuse_second_run(output_dir: Path) -> None:
         )
 
 
+def own_entries(output_dir: Path) -> list[Path]:
+    """The files and folders of the run that is there; those of earlier attempts (`trainer/retry.py`) are not among them."""
+    named = [output_dir / name for name in (*OWN_FILES, *OWN_FOLDERS)]
+    checkpoints = [state.parent for state in output_dir.glob("checkpoint-*/trainer_state.json")]
+    return [entry for entry in (*named, *checkpoints) if entry.exists()]
+
+
 def clear_run(output_dir: Path) -> None:
     """Removes what a run of ours wrote, and leaves everything else alone."""
-    for name in OWN_FILES:
-        (output_dir / name).unlink(missing_ok=True)
-    for name in OWN_FOLDERS:
-        shutil.rmtree(output_dir / name, ignore_errors=True)
-    for state in output_dir.glob("checkpoint-*/trainer_state.json"):
-        shutil.rmtree(state.parent, ignore_errors=True)
+    for entry in own_entries(output_dir):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def make_output_dir(output_dir: Path) -> None:

@@ -18,6 +18,7 @@ from jax_dpo.train.parts import Parts
 from jax_dpo.train.progress import Progress
 from jax_dpo.train.state import TrainState
 from jax_dpo.trainer import outputs
+from jax_dpo.trainer.attempts import clear_attempts, earlier_attempts
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,9 @@ def _decide(out: Path, wanted: bool | str | Path | None, config: DPOConfig, run:
     """What is to be done with the directory, from what lies in it: one process looks."""
     if config.overwrite_output_dir:
         outputs.clear_run(out)
+        clear_attempts(out)
     if wanted is None or wanted is False:
-        outputs.refuse_second_run(out)
+        outputs.refuse_second_run(out, attempts=bool(earlier_attempts(out)))
         return FRESH
     if wanted == "auto" and outputs.holds_run(out):
         changed = _differences(out, run)
@@ -115,18 +117,25 @@ def _checkpoint(out: Path, wanted: bool | str | Path | None) -> Start:
 
 def _differences(out: Path, run: Mapping[str, Any]) -> list[str]:
     """How a run that is there differs from this one, option by option; where it lies does not count."""
-    if not (out / "run.jsonl").exists():
+    then = run_of(out)
+    if then is None:
         return []
-    start = next((r for r in read_records(out / "run.jsonl") if r["kind"] == "start"), None)
-    if start is None or "run" not in start:
-        return []
-    now, then = json_ready(run), start["run"]
+    now = json_ready(run)
+    found = option_differences(then["options"], now["options"])
+    return found + [f"another {key}" for key in ("model", "reference", "adapter", "data") if now[key] != then.get(key)]
+
+
+def run_of(folder: Path) -> dict[str, Any] | None:
+    """What a run said at its start of what makes it this run (`Run.identity`); None where there is none."""
+    if not (folder / "run.jsonl").exists():
+        return None
+    start = next((r for r in read_records(folder / "run.jsonl") if r["kind"] == "start"), None)
+    return None if start is None else start.get("run")
+
+
+def option_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The options of two runs that differ, in words; where a run lies does not count."""
     ignored = {"output_dir", "resume_from_checkpoint", "overwrite_output_dir", "report_to", "compile_cache_dir"}
     ignored |= {"dataset_cache_dir", "coordinator_address", "num_processes", "process_id"}
-    names = {*now["options"], *then["options"]} - ignored
-    found = [
-        f"{name} {then['options'].get(name)} there, {now['options'].get(name)} now"
-        for name in sorted(names)
-        if now["options"].get(name) != then["options"].get(name)
-    ]
-    return found + [f"another {key}" for key in ("model", "reference", "adapter", "data") if now[key] != then.get(key)]
+    names = sorted({*now, *then} - ignored)
+    return [f"{n} {then.get(n)} there, {now.get(n)} now" for n in names if now.get(n) != then.get(n)]

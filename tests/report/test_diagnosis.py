@@ -99,7 +99,7 @@ def test_steps_that_were_left_out_are_named() -> None:
     skipped = {"kind": "nonfinite", "step": 30, "what": "gradient", "rows": "row 3"}
     counted = {"kind": "nonfinite", "step": 40, "what": "evaluation", "rows": "row 3"}
     assert names([*course(), counted]) == []
-    assert "1 steps were not finite" in diagnose([*course(), skipped])[0].text
+    assert "1 step not finite, left out" in diagnose([*course(), skipped])[0].text
 
 
 @pytest.mark.parametrize(
