@@ -75,10 +75,12 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_log_line_is_about_all_answers_of_its_steps(
     model: Path, other: Path, usual: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A policy that stays (the rate is 0) against another model: three steps of eight pairs are the whole data."""
+    """A policy that stays (the rate is 0) against another model. Three steps of eight pairs, in several micro-batches each, are the whole
+    data."""
     from jax_dpo import DPOConfig, DPOTrainer, load_model
 
     chosen = {**usual, "max_steps": 3, "logging_steps": 3, "learning_rate": 0.0, "save_strategy": "no"}
+    chosen["micro_batch_tokens"] = 64
     chosen.pop("model_name_or_path"), chosen.pop("dataset_name")
     held_out = {"eval_strategy": "steps", "eval_steps": 3, "eval_weighting": "batches"}
     trainer = DPOTrainer(
@@ -89,6 +91,7 @@ def test_a_log_line_is_about_all_answers_of_its_steps(
         eval_dataset={"near": rows(9, 2)},
     )
     trainer.train()
+    assert min(trainer.engine.batch_at(trainer.plan.after(k)).micro_batches for k in range(3)) > 1
     policy, reference = load_model(model), load_model(other)
     (train,), (evaluation,) = (tiny.records(tmp_path / "out", kind) for kind in ("train", "eval"))
     assert_like(train, "", answers_of(list(trainer.train_dataset), policy, reference))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,23 @@ def test_with_an_adapter_and_several_sets_from_the_command_line(
         assert_like(record, kls, f"eval_{record['set']}_")
     value = records[0]["eval_near_kl_on_policy"]
     assert value > 1e-3 and f"{value:.4f}" in ended.out
+
+
+def test_a_model_and_a_reference_that_are_evaluated_alone(
+    whole: tuple[Any, Spy, list[int]], data: Path, model: Path
+) -> None:
+    from jax_dpo import load_model
+
+    final = Path(whole[0].args.output_dir) / "final"
+    given = {"model_name_or_path": final, "ref_model_name_or_path": model, "eval_dataset": data / "eval.jsonl"}
+    given |= {"eval_on_policy_prompts": 3, "eval_on_policy_tokens": NEW}
+    with pytest.MonkeyPatch.context() as patch:
+        spy = Spy(patch)
+        ended = tiny.jax_dpo("evaluate", *tiny.flags(given))
+    assert ended.code == 0, ended.err
+    shown = dict(re.findall(r"(eval_kl_on_policy\S*) +\S +(\S+)", ended.out))
+    kls = measured.token_kls(load_model(final), load_model(model), *spy.calls[-1])
+    assert_like({name: float(value) for name, value in shown.items()}, kls)
 
 
 @pytest.mark.slow
