@@ -210,10 +210,12 @@ def _leaps(points: Points) -> list[tuple[float, float, float]]:
     """
     found = []
     first = points[0][1] if points else 0.0
-    high = [s for s, y in points if y > first + abs(first)]
+    high = {s for s, y in points if y > first + abs(first)}
     often = len(high) >= max(2, FEW * len(points))
     for i, (step, loss) in enumerate(points):
         before = [y for _, y in points[max(0, i - WINDOW) : i]] or [loss]
+        if loss - min(before) <= abs(first) and not (often and step in high):
+            continue  # no more than that above any of them
         usual = median(before)
         scatter = median(abs(y - usual) for y in before)
         sudden = len(before) >= LEAST_LOGS and loss - usual > max(abs(first), SIX_SIGMA * scatter)
