@@ -88,6 +88,7 @@ TRL_DEFAULTS: dict[str, Any] = {
 }
 OWN_DEFAULTS: dict[str, Any] = {
     "curriculum_by": "score",
+    "curriculum_reward_model": None,
     "curriculum_buckets": 10,
     "curriculum_later_epochs": "random",
     "target_kl": 0.1,

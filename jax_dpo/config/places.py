@@ -26,6 +26,11 @@ def reference_cache(directory: str | None = None) -> Path:
     return (Path(directory).expanduser() if directory else cache_root()) / "reference"
 
 
+def reward_cache(directory: str | None = None) -> Path:
+    """Directory of what reward models gave: beside the precomputed log-probabilities."""
+    return reference_cache(directory).with_name("rewards")
+
+
 def token_cache(directory: str | None = None) -> Path:
     """Directory of tokenized data: the option's, else where data/cache.py puts them."""
     from jax_dpo.data.cache import default_cache_dir

@@ -71,7 +71,12 @@ _SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
 }
 SCHEDULERS = tuple(_SCHEDULER_KWARGS)
 # What only train_sampling_strategy curriculum reads, with its defaults.
-_OF_CURRICULUM = (("curriculum_by", "score"), ("curriculum_buckets", 10), ("curriculum_later_epochs", "random"))
+_OF_CURRICULUM = (
+    ("curriculum_by", "score"),
+    ("curriculum_reward_model", None),
+    ("curriculum_buckets", 10),
+    ("curriculum_later_epochs", "random"),
+)
 # What only sync_ref_model reads, with its defaults.
 _OF_SYNC = (("ref_model_mixup_alpha", 0.6), ("ref_model_sync_steps", 512))
 _RAMPS = ("linear", "cosine", "1-sqrt")
@@ -374,6 +379,8 @@ def _without_effect(values: Mapping[str, Any]) -> list[str]:
     if values["precompute_ref_batch_size"] is not None and not beforehand:
         found.append("precompute_ref_batch_size can do nothing: precompute_ref_log_probs is false")
     unordered = [name for name, usual in _OF_CURRICULUM if values[name] != usual]
+    if ordered and values["curriculum_reward_model"] is not None and values["curriculum_by"] != "reward_model":
+        found.append(f"curriculum_reward_model can do nothing: curriculum_by is {values['curriculum_by']}")
     if unordered and not ordered:
         found.append(
             f"{' and '.join(unordered)} can do nothing: train_sampling_strategy is {values['train_sampling_strategy']}, not curriculum"

@@ -70,10 +70,17 @@ class TrainingOptions:
     )
     curriculum_by: str = option(
         "score",
-        "Where the gap of a pair comes from: score (chosen's score minus rejected's, from the columns that drop_rows small_gap reads) or "
-        "reference (log ref(chosen) - log ref(rejected), computed before the training and kept for later runs).",
+        "Where the gap of a pair comes from: score (chosen's score minus rejected's, from the columns that drop_rows small_gap reads), "
+        "reward_model (the same, from curriculum_reward_model) or reference (log ref(chosen) - log ref(rejected)). What must be computed "
+        "is made before the training and kept for later runs.",
         group="Curriculum",
-        choices=("score", "reference"),
+        choices=("score", "reward_model", "reference"),
+    )
+    curriculum_reward_model: str | None = option(
+        None,
+        "Directory or Hub name of the reward model of curriculum_by reward_model: a sequence classifier with one label, of a family that "
+        "can be trained, with its tokenizer. In Python DPOTrainer(reward_model=...) takes a function instead.",
+        group="Curriculum",
     )
     curriculum_buckets: int = option(
         10,

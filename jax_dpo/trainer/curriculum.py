@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from jax_dpo.errors import UserError
 from jax_dpo.report.records import Record
 from jax_dpo.sharding.multihost import array_from_primary, from_primary, is_primary
 from jax_dpo.trainer.datasets import PairSet
+from jax_dpo.trainer.precompute import Precomputed
 from jax_dpo.trainer.run import Run
 from jax_dpo.trainer.start import Start
 
@@ -29,17 +30,6 @@ FOLDER = "curriculum"  # in the run's directory
 LISTED = 100  # buckets that the start record names one by one
 # Raise it with every change of what the gaps mean.
 _FORMAT = 1
-_WORDS = {
-    "score": "the scores of the data",
-    "reference": "the reference's own log-ratio",
-}
-
-
-class Made(NamedTuple):
-    """What chosen and rejected of every pair [N, 2] are worth, and what the user should know."""
-
-    values: np.ndarray
-    notes: list[str]
 
 
 def is_curriculum(config: DPOConfig) -> bool:
@@ -92,7 +82,7 @@ def known_curriculum(config: DPOConfig, data: PairSet) -> Curriculum | None:
     return make_curriculum(config, gaps)
 
 
-def arrange(run: Run, compute: Callable[[], Made], start: Start | None) -> None:
+def arrange(run: Run, compute: Callable[[], Precomputed], start: Start | None) -> None:
     """Gives the engine a curriculum whose gaps are computed, or found where this run left them. All processes of a run call it.
 
     Args:
@@ -139,7 +129,8 @@ def _kept(store: RefLogps) -> np.ndarray | None:
 def _key(run: Run, data: PairSet) -> str:
     """What the gaps of a run are kept under: where they come from, and the pairs."""
     by = run.args.curriculum_by
-    parts = [_FORMAT, by, run.pairing.reference.title if by == "reference" else "", data.pairs.content_hash()]
+    whose = run.reward_model.name if run.reward_model is not None else run.pairing.reference.title
+    parts = [_FORMAT, by, whose, data.pairs.content_hash()]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
 
 
@@ -153,6 +144,13 @@ def _check_finite(gaps: np.ndarray, data: PairSet) -> None:
         )
 
 
+def _source(run: Run) -> str:
+    """Where the gaps come from, in words."""
+    if run.reward_model is not None:
+        return run.reward_model.name
+    return {"score": "the scores of the data", "reference": "the reference's own log-ratio"}[run.args.curriculum_by]
+
+
 def curriculum_record(run: Run) -> Record | None:
     """The curriculum as the start record has it; None where the order is another."""
     found, config = run.engine.curriculum, run.args
@@ -162,7 +160,7 @@ def curriculum_record(run: Run) -> Record | None:
     listed: list[dict[str, Any]] = [{"pairs": n, "widest": a, "narrowest": b} for n, a, b in ranges[:LISTED]]
     return {
         "by": config.curriculum_by,
-        "source": _WORDS[config.curriculum_by],
+        "source": _source(run),
         "later_epochs": found.later,
         "buckets": len(ranges),
         "widest": ranges[0][1],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_dpo.config import DPOConfig
-from jax_dpo.data.load import is_stream
+from jax_dpo.data.load import Rows, is_stream, load_rows
 from jax_dpo.errors import OK, Stopped, UserError
 from jax_dpo.policy import Policy
 from jax_dpo.report.records import Record, RunLog, log_history
@@ -23,12 +23,12 @@ from jax_dpo.train.memory import MemorySettings, memory_advice
 from jax_dpo.train.signals import StopRequest
 from jax_dpo.train.state import TrainState
 from jax_dpo.trainer import curriculum, outputs
-from jax_dpo.trainer.curriculum import Made
 from jax_dpo.trainer.datasets import PairSet, Tokenizer, prepare_evaluation, prepare_set, prepare_stream
 from jax_dpo.trainer.engine import Engine
 from jax_dpo.trainer.models import check_sync, pair_models
 from jax_dpo.trainer.parts import assemble, evaluation_metrics, fresh_progress, make_plan, ranking_of, start_record
 from jax_dpo.trainer.precompute import Precomputed, precompute
+from jax_dpo.trainer.reward_model import RewardFunction, RewardModel, reward_model_of, rewards
 from jax_dpo.trainer.setup import prepare_jax
 from jax_dpo.trainer.start import Start, resume_step
 from jax_dpo.trainer.trl_surface import TrainerState, TrlSurface, refuse_foreign
@@ -56,6 +56,8 @@ class DPOTrainer(TrlSurface):
       processing_class: the tokenizer; None: the model's own. `tokenizer` is its older name.
       callbacks: objects with any of TRL's `on_log`, `on_evaluate`, `on_save`; they may look, not steer.
       peft_config: a `LoraConfig` (ours or PEFT's): a fresh adapter is trained, the model is the reference.
+      reward_model: a function that a curriculum with `curriculum_by` "reward_model" orders the pairs by: it gets a list of rows, each with
+        prompt, chosen and rejected (text, or lists of messages), and gives for each row its gap, or the rewards of chosen and rejected.
       data_collator, compute_metrics, optimizers, quantization_config, and what older TRL took: refused with what to write instead.
 
     Raises:
@@ -78,6 +80,7 @@ class DPOTrainer(TrlSurface):
         peft_config: Any = None,
         *,
         tokenizer: Any = None,
+        reward_model: RewardFunction | None = None,
         display: Display | None = None,
         revision: str | None = None,
         **others: Any,
@@ -94,6 +97,7 @@ class DPOTrainer(TrlSurface):
             check_sync(self.pairing)
         self.notes = prepare_jax(self.args)
         self.tokenizer = Tokenizer(processing_class if processing_class is not None else tokenizer, self.pairing.policy)
+        self.reward_model = None if train_dataset is None else reward_model_of(self.args, reward_model)
         self.train_set = self._training_pairs(train_dataset)
         self.eval_sets = prepare_evaluation(eval_dataset, self.tokenizer, self.args)
         if self.args.eval_strategy != "no" and not self.eval_sets:
@@ -121,6 +125,8 @@ class DPOTrainer(TrlSurface):
         if source is None:
             return None
         if not is_stream(source):
+            if self.reward_model is not None:
+                source = self._texts = load_rows(source)
             # Whoever only looks at `train_dataset` sees, as in TRL, that nothing is left; `train` says why.
             return prepare_set(source, self.tokenizer, self.args, progress=self._tokenizing, may_be_empty=True)
         curriculum.refuse_stream(self.args)
@@ -168,17 +174,24 @@ class DPOTrainer(TrlSurface):
         if not len(self.train_set):
             return
         made = self._reference_logps(stop)
-        self.engine.ref_logps, self.ref_logps_found = made.logps, made.found
+        self.engine.ref_logps, self.ref_logps_found = made.values, made.found
         self.notes += made.notes
 
     def _reference_logps(self, stop: StopRequest | None) -> Precomputed:
         """Those of the training pairs; what an earlier run has made is found."""
         assert self.train_set is not None
-        batch = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-        asked = stop.asked if stop is not None else lambda: False
-        with self._memory("computing the reference's log-probabilities", batch):
+        data, asked = self.train_set, stop.asked if stop is not None else lambda: False
+        return self._before_training(
+            "computing the reference's log-probabilities",
+            self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size,
+            lambda: precompute(self.engine, data, display=self.display, asked=asked),
+        )
+
+    def _before_training(self, doing: str, batch: int, compute: Callable[[], Precomputed]) -> Precomputed:
+        """What is computed ahead of step 1, `batch` pairs at a time; a stop is shown."""
+        with self._memory(doing, batch):
             try:
-                return precompute(self.engine, self.train_set, display=self.display, asked=asked)
+                return compute()
             except Stopped:
                 self.display.write({"kind": "end", "step": 0, "reason": "signal", "seconds": None})
                 raise
@@ -188,13 +201,26 @@ class DPOTrainer(TrlSurface):
         if self.plan is None or not curriculum.must_compute(self.args):
             return
 
-        def compute() -> Made:
+        def compute() -> Precomputed:
+            if self.reward_model is not None:
+                return self._rewards(self.reward_model, stop)
             if self.engine.ref_logps is not None:
-                return Made(self.engine.ref_logps, [])
-            found = self._reference_logps(stop)
-            return Made(found.logps, found.notes)
+                return Precomputed(self.engine.ref_logps, 0, [])
+            return self._reference_logps(stop)
 
         curriculum.arrange(self, compute, start)
+        self._texts = None
+
+    def _rewards(self, model: RewardModel, stop: StopRequest | None) -> Precomputed:
+        """What a reward model gives the training pairs."""
+        assert self.train_set is not None and self._texts is not None
+        data, texts = self.train_set, self._texts
+        asked = stop.asked if stop is not None else lambda: False
+        return self._before_training(
+            "running the reward model",
+            self.args.per_device_eval_batch_size,
+            lambda: rewards(model, self.engine, data, texts, display=self.display, asked=asked),
+        )
 
     def _tokenizing(self, done: int, total: int) -> None:
         self.display.busy(f"tokenizing {done:,} of {total:,}")
@@ -255,6 +281,7 @@ class DPOTrainer(TrlSurface):
                 handler(self.args, self.state, None, **({name: dict(fields)} if name else {}))
 
     _log: RunLog | None = None
+    _texts: Rows | None = None  # for a reward model, until it has read them
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
         """Trains to the end and writes everything under `args.output_dir`.

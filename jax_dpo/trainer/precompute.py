@@ -11,13 +11,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jax_dpo.config.places import reference_cache
-from jax_dpo.data.loader import evaluation_batches
+from jax_dpo.data.batch import Batch
+from jax_dpo.data.loader import Feed, evaluation_batches
 from jax_dpo.data.ref_logps import RefLogps
 from jax_dpo.errors import Stopped, UserError
 from jax_dpo.report.terminal import Display
@@ -36,9 +38,10 @@ LEAST_PAIRS, MOST_FILES = 256, 256
 
 
 class Precomputed(NamedTuple):
-    """The log-probabilities [N, 2] of chosen and rejected, how many pairs an earlier run had made, and what the user should know."""
+    """A number for chosen and one for rejected of every pair [N, 2] (the reference's log-probabilities, or rewards), how many pairs an
+    earlier run had made, and what the user should know."""
 
-    logps: np.ndarray
+    values: np.ndarray
     found: int
     notes: list[str]
 
@@ -94,75 +97,102 @@ def precompute(engine: Engine, data: PairSet, *, display: Display, asked: Callab
       Stopped: it was asked to; what is done is kept.
       UserError: the reference gives log-probabilities that are not finite; names the rows.
     """
+    c = engine.config
+    batch = c.precompute_ref_batch_size or c.per_device_train_batch_size
+
+    def begin() -> tuple[Feed, Callable[[Batch], tuple[Any, Any]]]:
+        display.busy("loading the reference")
+        frozen = reference_frozen(engine.pairing, engine.mesh, engine.dtype)
+        feed = replace(engine.feed_of(data, None if c.precompute_ref_batch_size is None else batch), router=False)
+        run = make_reference_pass(engine.facts, engine.mesh)
+        return feed, lambda made: run(frozen, made)
+
+    made = two_sides(
+        engine,
+        data,
+        Kept(reference_cache(c.dataset_cache_dir), lambda: entry_key(engine.pairing, engine, data)),
+        begin,
+        batch=batch,
+        what="the reference's log-probabilities",
+        display=display,
+        asked=asked,
+    )
+    _check_finite(made.values, data)
+    return made
+
+
+class Kept(NamedTuple):
+    """Where two numbers of every pair are kept for later runs: a directory, and how the key of their entry is made."""
+
+    directory: Path
+    key: Callable[[], str]
+
+
+def two_sides(
+    engine: Engine,
+    data: PairSet,
+    kept: Kept,
+    begin: Callable[[], tuple[Feed, Callable[[Batch], tuple[Any, Any]]]],
+    *,
+    batch: int,
+    what: str,
+    display: Display,
+    asked: Callable[[], bool],
+) -> Precomputed:
+    """A number for chosen and one for rejected of every pair [N, 2]: from the cache, and the rest computed. All processes call it.
+
+    Args:
+      begin: puts the model onto the devices; gives the shape of its batches, and the pass over one: pairs [R, S] and numbers [R, S, 2].
+      batch: pairs of a batch on one device.
+      what: the numbers in words.
+      asked: whether the run was asked to stop; looked at after every range that is written.
+
+    Raises:
+      Stopped: it was asked to; what is done is kept.
+    """
     n, notes = len(data), []
-    display.busy("looking for the reference's log-probabilities")
+    display.busy(f"looking for {what}")
     store, error = None, None
     values, known = np.zeros((n, 2), np.float32), np.zeros(n, bool)
     if is_primary():  # one process reads and writes, so that all go on with the same numbers wherever their caches are
         try:
-            store = RefLogps(
-                reference_cache(engine.config.dataset_cache_dir), entry_key(engine.pairing, engine, data), n
-            )
+            store = RefLogps(kept.directory, kept.key(), n)
             values, known = store.read()
-            notes += [
-                f"Damaged log-probabilities of the reference ({file}) are computed anew." for file in store.damaged
-            ]
+            notes += [f"Damaged numbers are computed anew: {what} ({file})." for file in store.damaged]
         except UserError as problem:
             error = problem
     raise_together(error)
     values, known = array_from_primary(values), array_from_primary(known)
-    found = int(known.sum())
+    found, unkept = int(known.sum()), None
     if found < n:
-        values, unkept = _compute(engine, data, values, known, store=store, display=display, asked=asked)
-        if unkept is not None:
-            notes.append(
-                f"The reference's log-probabilities are not kept for the next run, which will compute them again ({unkept})."
-            )
-    _check_finite(values, data)
+        feed, run = begin()
+        most = max(LEAST_PAIRS, 8 * batch * feed.row_shards, -(-n // MOST_FILES))
+        values = np.array(values)
+        for start, stop in list(_missing(known, most)):
+            display.busy(f"{what} of pair {start + 1:,} of {n:,}")
+            rows = _range(engine, Some(data, np.arange(start, stop)), feed, run)
+            values[start:stop] = rows
+            if store is not None and unkept is None:
+                unkept = store.write(start, rows)
+            if asked():
+                raise Stopped(
+                    f"stopped while {what} were computed, at {stop:,} of {n:,} pairs. Run the same command again to go on."
+                )
+    if unkept is not None:
+        notes.append(
+            f"{what[0].upper()}{what[1:]} are not kept for the next run, which will compute them again ({unkept})."
+        )
     return Precomputed(values, found, notes)
 
 
-def _compute(
-    engine: Engine,
-    data: PairSet,
-    values: np.ndarray,
-    known: np.ndarray,
-    *,
-    store: RefLogps | None,
-    display: Display,
-    asked: Callable[[], bool],
-) -> tuple[np.ndarray, str | None]:
-    """Fills in what is not known, range by range. Returns the values, and why they could not be kept, if so."""
-    c, n = engine.config, len(data)
-    display.busy("loading the reference")
-    frozen = reference_frozen(engine.pairing, engine.mesh, engine.dtype)
-    batch = c.precompute_ref_batch_size or c.per_device_train_batch_size
-    feed = engine.feed_of(data, None if c.precompute_ref_batch_size is None else batch)
-    run = make_reference_pass(engine.facts, engine.mesh)
-    most = max(LEAST_PAIRS, 8 * batch * feed.row_shards, -(-n // MOST_FILES))
-    values, problem = np.array(values), None
-    for start, stop in list(_missing(known, most)):
-        display.busy(f"the reference's log-probabilities of pair {start + 1:,} of {n:,}")
-        part = Some(data, np.arange(start, stop))
-        rows = np.zeros((stop - start, 2), np.float32)
-        for made in evaluation_batches(part, part.sizes, replace(feed, router=False)):
-            index, sums = run(frozen, batch_to_devices(made, engine.mesh, feed.rows, leading=0))
-            _put(rows, np.asarray(index), np.asarray(sums))
-        values[start:stop] = rows
-        if store is not None and problem is None:
-            problem = store.write(start, rows)
-        if asked():
-            raise Stopped(
-                f"stopped while the reference's log-probabilities were computed, at {stop:,} of {n:,} pairs. Run the same command again "
-                "to go on."
-            )
-    return values, problem
-
-
-def _put(rows: np.ndarray, index: np.ndarray, sums: np.ndarray) -> None:
-    """Puts sums [R, S, 2] where their pairs [R, S] belong; -1 is an empty slot."""
-    real = index >= 0
-    rows[index[real]] = sums[real]
+def _range(engine: Engine, part: Some, feed: Feed, run: Callable[[Batch], tuple[Any, Any]]) -> np.ndarray:
+    """The numbers [n, 2] of some pairs."""
+    rows = np.zeros((len(part), 2), np.float32)
+    for made in evaluation_batches(part, part.sizes, feed):
+        index, numbers = (np.asarray(x) for x in run(batch_to_devices(made, engine.mesh, feed.rows, leading=0)))
+        real = index >= 0  # -1 is an empty slot
+        rows[index[real]] = numbers[real]
+    return rows
 
 
 def _check_finite(values: np.ndarray, data: PairSet) -> None:

@@ -10,6 +10,7 @@ from jax_dpo.train.plan import Plan
 from jax_dpo.trainer.datasets import PairSet, Tokenizer
 from jax_dpo.trainer.engine import Engine
 from jax_dpo.trainer.models import Pairing
+from jax_dpo.trainer.reward_model import RewardModel
 
 
 class Run:
@@ -28,6 +29,8 @@ class Run:
     """sentences that the user should read at the start"""
     ref_logps_found: int = 0
     """training pairs whose precomputed log-probabilities an earlier run had made"""
+    reward_model: RewardModel | None = None
+    """what a curriculum orders the pairs by, where that is a reward model"""
     began: float
     """when the run began, unix seconds"""
     trained_tokens: int | None = None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jax_dpo.errors import UserError
+from jax_dpo.models.config import ModelConfig
 from jax_dpo.models.families import model_config
 from jax_dpo.weights.leaves import FileTensor
 from jax_dpo.weights.model_files import ModelFiles, build_leaves, main_dtype
@@ -22,11 +23,18 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_mo
 
 def open_directory(path: Path) -> ModelFiles:
     """Opens a Hugging Face directory; see `source.open_model` for what can be wrong with it."""
-    hf = _read_config(path)
+    hf = read_config(path)
     config = model_config(hf, str(path / "config.json"))
-    tensors, where = _find_tensors(path)
+    tensors, where = find_tensors(path)
     if config.tie_word_embeddings:
         _drop_tied_head(path, tensors)
+    return model_files(path, hf, config, tensors, where)
+
+
+def model_files(
+    path: Path, hf: dict[str, Any], config: ModelConfig, tensors: dict[str, FileTensor], where: dict[str, str]
+) -> ModelFiles:
+    """The model of these tensors, each in the file that `where` names; raises what `build_leaves` raises."""
     # Old files store the rotary frequencies too, which follow from config.json.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
     leaves = build_leaves(path, config, tensors, {name: str(path / file) for name, file in where.items()})
@@ -55,7 +63,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a directory that holds a whole model. Raises UserError: model-config-missing, adapter-alone,
+    adapter-beside-weights, json-broken."""
     adapters = [name for name in ADAPTER_FILES if (path / name).exists()]
     if not (path / "config.json").is_file():
         if adapters:
@@ -77,7 +87,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return read_json(path / "config.json")
 
 
-def _find_tensors(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
+def find_tensors(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
     """All tensors of a directory by name, and the file that each is in."""
     if not (path / INDEX).is_file():
         if not (path / SINGLE).is_file():

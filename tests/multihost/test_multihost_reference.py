@@ -4,6 +4,7 @@ Oracle: the same command on one process of eight."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +50,15 @@ def test_one_process_keeps_what_was_computed_and_tells_the_others(cluster: Clust
 
 
 @pytest.mark.slow
-def test_a_curriculum_is_one_on_all_hosts_and_after_a_resumption(cluster: Cluster, tmp_path: Path) -> None:
-    """By the reference's log-ratio, of which each process finds or computes nothing by itself."""
-    ordered = {"train_sampling_strategy": "curriculum", "curriculum_by": "reference", "curriculum_buckets": 40}
+@pytest.mark.parametrize("by", ["reference", "reward_model"])
+def test_a_curriculum_is_one_on_all_hosts_and_after_a_resumption(cluster: Cluster, by: str, tmp_path: Path) -> None:
+    """By what is computed on all of them together, and kept by the first."""
+    ordered = {"train_sampling_strategy": "curriculum", "curriculum_by": by, "curriculum_buckets": 40}
     ordered |= {"dataset_cache_dir": None}
+    if by == "reward_model":
+        ordered["curriculum_reward_model"] = shutil.copytree(tiny.GOLDEN / "reward" / "llama", tmp_path / "reward")
+        for file in tiny.TOKENIZER.iterdir():
+            shutil.copyfile(file, tmp_path / "reward" / file.name)
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
     assert cluster.run(one, processes=1, **ordered)[0].code == 0
     ended = cluster.run(two, before=APART, **ordered)

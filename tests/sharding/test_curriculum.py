@@ -1,7 +1,9 @@
-"""The order of a curriculum on several devices. Oracle: one device that accumulates as many micro-batches."""
+"""A curriculum on several devices. Oracles: one device that accumulates as many micro-batches; the numbers of transformers' classifier."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -45,3 +47,20 @@ def test_eight_devices_take_the_pairs_of_one(tmp_path: Path, monkeypatch: pytest
     assert [sorted(gaps[whole[8 * b : 8 * b + 8]]) for b in range(5)] == [
         list(range(32 - 8 * b, 40 - 8 * b)) for b in range(5)
     ]
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_reward_model_lies_over_the_devices(tensor: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_run_reward_model import BY_REWARD, GOLDEN, NUMBERS, given, rows
+
+    monkeypatch.setenv("JAX_DPO_CACHE", str(tmp_path / "cache"))
+    path = Path(shutil.copytree(GOLDEN / "gemma2", tmp_path / "reward"))
+    for file in tiny.TOKENIZER.iterdir():
+        shutil.copyfile(file, path / file.name)
+    assert json.loads((path / "config.json").read_text())["num_key_value_heads"] == 2
+    args = DPOConfig(
+        str(tmp_path / "out"), **{**BY_REWARD, "curriculum_reward_model": str(path), "mesh_tensor": tensor}
+    )
+    trainer = DPOTrainer(str(tiny.make_model(tmp_path / "model")), args=args, train_dataset=rows("chat"))
+    assert dict(trainer.engine.mesh.shape) == {"data": 1, "fsdp": 8 // tensor, "tensor": tensor}
+    np.testing.assert_allclose(given(trainer), NUMBERS["gemma2"]["chat"], rtol=0, atol=1e-4)

@@ -203,7 +203,7 @@ def precomputed(mesh: tuple[int, int, int], cache: Path, **options: Any) -> tupl
     assert engine.train_set is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DPO_CACHE", str(cache / str(mesh)))
-        return engine, precompute(engine, engine.train_set, display=Quiet(), asked=lambda: False).logps
+        return engine, precompute(engine, engine.train_set, display=Quiet(), asked=lambda: False).values
 
 
 def test_meshes_precompute_alike(tmp_path: Path) -> None:
