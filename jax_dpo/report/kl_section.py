@@ -1,4 +1,4 @@
-"""The KL in detail: by position in an answer, over the answers, and along answers that the policy samples."""
+"""The KL in detail: by position in an answer, over the answers, and along answers that the policy samples, as of the last evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_dpo.report import format as fmt
-from jax_dpo.report.charts import Chart, Line, Series, draw
 from jax_dpo.report.markup import Markup, el
 from jax_dpo.report.records import Record
 from jax_dpo.report.sections import section, table
@@ -64,20 +63,9 @@ def _spread(record: Record, profile: Mapping[str, Any], metric: str) -> list[tup
 
 
 def _sampled(run: Run) -> list[Markup]:
-    """The KL of the data's answers beside that of the policy's own, set by set; nothing where none were sampled."""
-    drawn, words = [], []
-    limit = [] if run.target_kl is None else [Line(run.target_kl, f"bound {run.target_kl:g}", bound=True)]
-    for i, name in enumerate(run.set_names):
-        own = run.eval_points("kl_on_policy", name)
-        if not any(y is not None for _, y in own):
-            continue
-        of_data = Series("answers of the data", "eval0", run.eval_points("kl_divergence", name), dots=True)
-        title = "KL where the policy goes" + (f", {fmt.plain(name)}" if name else "")
-        both = [of_data, Series("answers it samples", "eval1", own, dots=True)]
-        drawn.append(draw(Chart(f"kl-on-policy-{i}", title, "nats per token", both, lines=limit, from_zero=True)))
-        last = run.evals_of(name)[-1]
-        words.append(_in_words(last, f" on {fmt.plain(name)}" if name else ""))
-    return [el("div", *drawn, cls="grid"), *(el("p", text) for text in words)] if drawn else []
+    """The last evaluation that sampled answers in words, set by set; the curves have all of them."""
+    last = [(run.evals_of(name)[-1], f" on {fmt.plain(name)}" if name else "") for name in run.set_names]
+    return [el("p", _in_words(r, where)) for r, where in last if on_policy_text(r)]
 
 
 def _in_words(last: Record, where: str) -> str:

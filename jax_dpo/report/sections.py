@@ -201,6 +201,7 @@ def charts(run: Run) -> list[Chart]:
             lines=[Line(0.5, "chance")],
         ),
         Chart("kl", "KL", "nats per token", both("kl_divergence"), lines=limit, markers=markers(run), from_zero=True),
+        *_on_policy(run, limit),
         Chart("rewards", "Rewards", "", sides, text=fmt.signed, from_zero=True, sides=True),
         Chart("grad", "Gradient norm", "before clipping", [Series("training", "train", norms)],
               text=lambda v: fmt.number(v, 2), lines=[Line(clip or 0.0, f"clipped to {clip:g}")] if clipped else (),
@@ -213,6 +214,21 @@ def charts(run: Run) -> list[Chart]:
         Chart("speed", "Speed", "pairs per second", [_train(run, "pairs_per_second")], text=lambda v: fmt.number(v, 2),
               from_zero=True),
     ]  # fmt: skip
+
+
+def _on_policy(run: Run, limit: Sequence[Line]) -> list[Chart]:
+    """The KL along answers that the policy sampled, where it did; beside that along the answers of the data, where there is one set."""
+    names = run.set_names
+    drawn = [
+        Series(name or "answers it samples", f"eval{(i if len(names) > 1 else 1) % 4}", points, dots=True)
+        for i, name in enumerate(names)
+        if (points := run.eval_points("kl_on_policy", name))
+    ]
+    if not drawn:
+        return []
+    if len(names) == 1:
+        drawn.append(Series("answers of the data", "eval0", run.eval_points("kl_divergence", names[0]), dots=True))
+    return [Chart("kl-on-policy", "KL where the policy goes", "nats per token", drawn, lines=limit, from_zero=True)]
 
 
 def _kl_coef(run: Run) -> list[Chart]:

@@ -77,7 +77,7 @@ runs = _runs()
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = runs.write(tmp_path_factory.mktemp("run"), runs.failing())
+    folder = runs.write(tmp_path_factory.mktemp("run"), runs.in_detail(runs.failing()))
     runs.write_dropped(folder)
     return write_report(folder)
 
@@ -148,7 +148,7 @@ def test_dark_and_light_follow_the_reader(tmp_path: Path, report: Path) -> None:
 
 def test_the_policy_of_the_page_lets_its_own_style_and_script_work(tmp_path: Path, report: Path) -> None:
     dom = chromium(tmp_path, report, "--dump-dom")
-    assert dom.count('class="tip"') == 9  # report.js ran: one for each chart
+    assert dom.count('class="tip"') == 10  # report.js ran: one for each chart
     evil = tmp_path / "evil.html"
     text = report.read_text(encoding="utf-8")
     evil.write_text(text.replace("</main>", "<script>document.title = 'taken'</script></main>"), encoding="utf-8")

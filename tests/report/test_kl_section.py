@@ -7,6 +7,7 @@ from pathlib import Path
 
 import report_runs as runs
 
+from jax_dpo.report import sections
 from jax_dpo.report.html import page
 from jax_dpo.report.kl_section import kl_detail
 from jax_dpo.report.summary import on_policy_text, summarise
@@ -36,17 +37,19 @@ def test_by_position_and_over_the_answers_of_the_last_evaluation() -> None:
 
 
 def test_sampled_answers_beside_those_of_the_data() -> None:
-    text = str(kl_detail(summarise(runs.in_detail(runs.healthy()))))
-    assert (
-        "KL where the policy goes" in text and "answers it samples: from 0.0000 at step 0 to 0.1261 at step 24" in text
-    )
+    run = summarise(runs.in_detail(runs.healthy()))
+    curves, text = str(sections.curves(run)), str(kl_detail(run))
+    assert "KL where the policy goes" in curves
+    assert "answers it samples: from 0.0000 at step 0 to 0.1261 at step 24" in curves
+    assert "answers of the data: from 0.0000 at step 0 to 0.0970 at step 24" in curves
     assert "0.1261 ± 0.0097 nats per token, 5.0440 ± 0.3880 nats per answer of 40.0 tokens" in text
     assert on_policy_text(runs.detailed(runs.evaluate(24))) == "0.1261 ± 0.0097"
 
 
 def test_several_sets_have_their_own(tmp_path: Path) -> None:
     text = page(summarise(runs.in_detail(runs.several_sets())), tmp_path)
-    assert "KL where the policy goes, helpful" in text and "KL where the policy goes, harmless" in text
+    assert "helpful: from 0.0000 at step 0 to 0.1261 at step 24" in text
+    assert "At step 24 on harmless the KL along answers that the policy samples is 0.0650" in text
     assert "Evaluation at step 24 on helpful" in text and "<summary>Evaluation at step 24 on harmless</summary>" in text
 
 
@@ -55,5 +58,5 @@ def test_runs_without_it_and_runs_that_evaluated_nothing() -> None:
     assert on_policy_text(runs.evaluate(1)) == "" and on_policy_text(None) == ""
     profile = runs.detailed(runs.evaluate(24))["kl_profile"]
     text = str(kl_detail(summarise([runs.start(), runs.train(3, kl_profile=profile, kl_sequence=1.25)])))
-    assert "Training batches, logged at step 3" in text and "where the policy goes" not in text
+    assert "Training batches, logged at step 3" in text and "samples" not in text
     assert {row[0]: row[1] for row in cells(text, "over the answers")}["All, per answer"] == "1.2500"
