@@ -83,7 +83,8 @@ def _buckets(start: Record) -> Markup | None:
 
 
 def warnings(run: Run) -> Markup | None:
-    found = [str(w) for w in part(run.start, "plan").get("warnings") or ()]
+    resumed = [w for r in run.resumes for w in r.get("warnings") or ()]
+    found = list(dict.fromkeys(str(w) for w in [*(part(run.start, "plan").get("warnings") or ()), *resumed]))
     found += [summary.nonfinite_text(r) for r in run.nonfinite[:20]]
     if len(run.nonfinite) > 20:
         found.append(f"{len(run.nonfinite) - 20:,} more such steps and evaluations: run.jsonl, kind nonfinite.")

@@ -113,6 +113,8 @@ class Terminal:
             show(record)
         elif kind == "resume":
             self._say(f"going on from {record.get('from')}, after step {record.get('step')}")
+            for warning in record.get("warnings") or ():
+                self._say(f"warning: {warning}", style="yellow")
 
     def compiling(self, what: str, about_seconds: float | None = None) -> None:
         """Says that `what` is being compiled, and for about how many seconds that will last."""

@@ -316,7 +316,7 @@ class DPOTrainer(TrlSurface):
             try:
                 with parts.checkpoints, self._memory("training"):
                     if start.step is not None:
-                        state, progress = start.restore(parts, self.engine.abstract_state)
+                        state, progress = start.restore(parts, self.engine.abstract_state, self.notes)
                     else:
                         self.display.write(parts.writers.write(start_record(self)))
                         if primary:

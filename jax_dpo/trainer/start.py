@@ -29,8 +29,8 @@ class Start:
     path: Path | None = None
     finished: bool = False
 
-    def restore(self, parts: Parts, abstract: TrainState) -> tuple[TrainState, Progress]:
-        """State and progress of the checkpoint; what the log says of later steps is taken back."""
+    def restore(self, parts: Parts, abstract: TrainState, notes: list[str]) -> tuple[TrainState, Progress]:
+        """State and progress of the checkpoint; what the log says of later steps is taken back. `notes` are for the user to read."""
         assert self.step is not None
         where = self.path if self.path is not None else self.step
         state, meta = parts.checkpoints.restore(where, abstract)
@@ -38,8 +38,8 @@ class Start:
         progress.keep_saved(parts.checkpoints.steps())
         if self.path is None or self.path.parent.resolve() == parts.checkpoints.output_dir.resolve():
             parts.writers.log.truncate_after(self.step)
-        record = parts.writers.write({"kind": "resume", "step": self.step, "from": f"checkpoint-{self.step}"})
-        parts.display.write(record)
+        record = {"kind": "resume", "step": self.step, "from": f"checkpoint-{self.step}"}
+        parts.display.write(parts.writers.write({**record, "warnings": notes} if notes else record))
         return state, progress
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jax_dpo.errors import UserError
 from jax_dpo.models.families import FAMILIES, model_config
-from jax_dpo.weights.huggingface import find_tensors, model_files, read_config
+from jax_dpo.weights.huggingface import ADAPTER_FILES, find_tensors, model_files, read_config
 from jax_dpo.weights.leaves import Leaf
 from jax_dpo.weights.model_files import ModelFiles
 
@@ -35,6 +35,13 @@ def open_classifier(path: Path) -> Classifier:
     """
     if not path.is_dir():
         raise UserError("model-missing", f"There is no reward model at {path}: no such directory.")
+    adapters = [name for name in ADAPTER_FILES if (path / name).exists()]
+    if adapters:
+        raise UserError(
+            "reward-model-kind",
+            f"{path} holds an adapter ({adapters[0]}), not a whole reward model. Merge it into its base (merge_and_unload of peft, then "
+            "save_pretrained, and the tokenizer's files beside it) and give that directory.",
+        )
     hf = read_config(path)
     named, architecture = hf.get("architectures"), _architecture(hf)
     if named and architecture and named != [architecture]:

@@ -141,6 +141,27 @@ def test_a_run_that_stops_in_the_middle_of_it_goes_on_to_the_bit(
         np.testing.assert_array_equal(tiny.tensors(cut / "final")[name], value)
 
 
+def test_a_run_that_has_lost_its_gaps_says_so(usual: dict[str, Any], scored: Path, tmp_path: Path) -> None:
+    options = {
+        **usual,
+        **ORDERED,
+        "dataset_name": scored,
+        "curriculum_by": "reference",
+        "max_steps": 2,
+        "save_steps": 1,
+    }
+    out = train(tmp_path / "out", options)
+    shutil.rmtree(out / "curriculum")
+    shutil.rmtree(out / "checkpoint-2")
+    (out / "verdict.json").unlink()
+    ended = tiny.jax_dpo("train", *tiny.flags({**options, "output_dir": out, "resume_from_checkpoint": "auto"}))
+    assert ended.code in (0, 3) and (out / "curriculum").is_dir()
+    said = tiny.records(out, "resume")[0]["warnings"]
+    assert len(said) == 1 and "does not hold the gaps of this curriculum" in said[0]
+    assert "does not hold the gaps" in " ".join(ended.out.split())
+    assert "does not hold the gaps" in (out / "report.html").read_text()
+
+
 def test_the_references_own_log_ratio(still: dict[str, Any], row_of: Any, tmp_path: Path) -> None:
     """By the sums that precompute_ref_log_probs gives, wide gaps first; evaluate() before the training changes nothing."""
     from jax_dpo import DPOConfig, DPOTrainer
