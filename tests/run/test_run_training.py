@@ -19,6 +19,8 @@ TRL |= {f"{a}/{b}" for a in ("rewards", "logps", "logits") for b in ("chosen", "
 TRL |= {"rewards/accuracies", "rewards/margins"}
 ADDED = {"kl_divergence", "kl_divergence/chosen", "kl_divergence/rejected", "beta", "kl_coef", "step_time"}
 ADDED |= {"tokens_per_second", "pairs_per_second", "row_fill"}
+ADDED |= {f"kl_sequence{part}" for part in ("", "/chosen", "/rejected")}
+ADDED |= {f"{kl}/{part}" for kl in ("kl_divergence", "kl_sequence") for part in ("p50", "p90", "max")}
 EVAL = {
     f"eval_{name}" for name in (TRL | ADDED) - {"epoch", "learning_rate", "grad_norm", "beta", "kl_coef", "step_time"}
 }
@@ -63,7 +65,7 @@ def test_metrics_have_trl_s_names(run: tuple[Path, tiny.Ended]) -> None:
     out, _ = run
     for kind, names in (("train", TRL | ADDED), ("eval", EVAL)):
         for record in tiny.records(out, kind):
-            assert set(record) - {"kind", "step", "time"} == names
+            assert set(record) - {"kind", "step", "time", "kl_profile"} == names
             assert all(math.isfinite(record[name]) for name in names)
 
 
