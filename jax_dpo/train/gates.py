@@ -31,6 +31,7 @@ from typing import Any
 
 from jax_dpo.errors import GATE_FAILED, OK
 from jax_dpo.report.diagnosis import Finding
+from jax_dpo.report.diseases import LEAST_GAIN
 from jax_dpo.report.trend import Trend, fit
 from jax_dpo.train.digest import write_json
 from jax_dpo.train.disk import disk_error
@@ -205,12 +206,10 @@ def _margin(seen: Sequence[Entry], name: str | None, facts: Facts, missing: str)
     found = _settle(points, bar, up=True)
     if found.passed:
         return found.gate("margin", last, bar, found.noise)
-    advice = f"Check the quality of the data; a higher learning_rate{_try(facts.learning_rate, 2)} or a lower beta"
-    advice = f"{advice}{_try(facts.beta, 0.5)} moves the policy further."
     if not math.isfinite(last):
         return found.gate("margin", last, bar, f"margin is {last}: training diverged", _stability(facts))
     reason = found.luck or f"{_number(last, bar)} is not above {against}"
-    return found.gate("margin", last, bar, reason, _cause(facts) or advice)
+    return found.gate("margin", last, bar, reason, _cause(facts) or _further(facts))
 
 
 def _improving(seen: Sequence[Entry], name: str | None, facts: Facts, missing: str) -> Gate:
@@ -227,7 +226,9 @@ def _improving(seen: Sequence[Entry], name: str | None, facts: Facts, missing: s
         return found.gate("improving", last, first, found.noise)
     start = "the start" if first_step == 0 else f"the first evaluation (step {first_step})"
     reason = found.luck or f"evaluation loss {_number(last, first)} is not below {first:.4g} of {start}"
-    return found.gate("improving", last, first, reason, _cause(facts) or _stability(facts))
+    margins = [value for entry in seen if (value := margin(entry, name, facts.beta)) is not None]
+    still = len(margins) > 1 and abs(margins[-1] - margins[0]) < LEAST_GAIN
+    return found.gate("improving", last, first, reason, _cause(facts) or (_further if still else _stability)(facts))
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,13 @@ def _cause(facts: Facts) -> str:
             f"reached its peak. Set warmup_steps to {max(1, facts.planned // 10)} or train longer."
         )
     return ""
+
+
+def _further(facts: Facts) -> str:
+    rate, beta = _try(facts.learning_rate, 2), _try(facts.beta, 0.5)
+    return (
+        f"Check the quality of the data; a higher learning_rate{rate} or a lower beta{beta} moves the policy further."
+    )
 
 
 def _stability(facts: Facts) -> str:

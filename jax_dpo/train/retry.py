@@ -6,8 +6,9 @@ that its advice names, and another attempt at the same gate takes the next rung:
 - numbers that were not finite, or a training loss that leaps (`loss-spikes`): halve the learning rate, double the warm-up, halve
   max_grad_norm;
 - KL: halve the learning rate, raise beta by half;
-- margin: double the learning rate, halve beta;
-- improving: where the margin is flat (`flat-margins`) as for the margin, else as for what is not finite.
+- margin: double the learning rate, halve beta; none where the KL is above half of its bound: the policy moves and the margin does not,
+  which is the data;
+- improving: where the margin is flat (`flat-margins`) and the KL small as for the margin, else as for what is not finite.
 
 A warm-up that outlasts the run is shortened before anything else, since the rate that was asked for was never reached. What was tried is
 never tried again: a rung that leads to values which an earlier attempt had is passed over. Where nothing is left, and where a gate failed
@@ -92,7 +93,7 @@ def next_change(
     if now.steps and now.warmup >= now.steps and failed["name"] in ("margin", "improving"):
         rungs: tuple[Rung, ...] = (lambda now: ("warmup_steps", max(1, now.steps // 10)),)
     else:
-        rungs = _ladder(failed, {finding["name"] for finding in verdict.get("findings", ())})
+        rungs = _ladder(failed, {finding["name"] for finding in verdict.get("findings", ())}, _moved(verdict))
     turn = sum(change.gate == failed["name"] for change, _ in earlier)
     tried = [_values(options), *(_values(there) for _, there in earlier)]
     for k in range(len(rungs)):
@@ -105,7 +106,14 @@ def next_change(
     return None
 
 
-def _ladder(failed: Mapping[str, Any], findings: set[str]) -> tuple[Rung, ...]:
+def _moved(verdict: Mapping[str, Any]) -> bool:
+    """Whether the KL is above half of its bound: twice the rate would be over it, and the policy did not stand still."""
+    kl = next((gate for gate in verdict.get("gates", ()) if gate.get("name") == "kl"), {})
+    value, bound = kl.get("value"), kl.get("bound")
+    return value is not None and bound is not None and value > 0.5 * bound
+
+
+def _ladder(failed: Mapping[str, Any], findings: set[str], moved: bool) -> tuple[Rung, ...]:
     name = failed["name"]
     if name == "completed":
         # Without steps that were not finite the same command goes on: nothing is wrong with the options.
@@ -114,7 +122,9 @@ def _ladder(failed: Mapping[str, Any], findings: set[str]) -> tuple[Rung, ...]:
         return _STABLE
     if name == "kl":
         return _CLOSER
-    return _FURTHER if name == "margin" or "flat-margins" in findings else _STABLE
+    if name == "margin":
+        return () if moved else _FURTHER
+    return _FURTHER if "flat-margins" in findings and not moved else _STABLE
 
 
 def _values(options: Mapping[str, Any]) -> tuple[float, ...]:

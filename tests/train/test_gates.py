@@ -160,6 +160,12 @@ def test_a_gate_that_fails(last: dict[str, Any], failed: str, words: str, advice
     assert words in found.headline and found.headline.endswith("; exit 3")
 
 
+def test_a_loss_that_stands_still_with_its_margin_wants_a_higher_rate() -> None:
+    still = verdict([START, entry(20, loss=0.6932, gap=0.001)])
+    assert "a higher learning_rate (now 1e-06; try 2e-06)" in gate(still, "improving").advice
+    assert "Lower learning_rate" in gate(verdict([START, entry(20, loss=0.8, gap=0.3)]), "improving").advice
+
+
 def test_headlines() -> None:
     assert verdict([START, entry(20, kl=0.131)]).headline == "trained; gate KL failed: 0.131 > 0.1; exit 3"
     both = verdict([START, entry(20, kl=0.131, gap=-0.02)]).headline

@@ -73,6 +73,14 @@ def test_the_same_gate_again_takes_the_next_rung(gate: str, findings: tuple[str,
         now = {"options": {**now["options"], option: found.new}, "plan": plan}
 
 
+@pytest.mark.parametrize(("kl", "margin", "improving"), [(0.04, 2e-6, 2e-6), (0.06, None, 5e-7)])
+def test_a_policy_that_moves_is_not_moved_further(kl: float, margin: float | None, improving: float) -> None:
+    for gate, rate in (("margin", margin), ("improving", improving)):
+        found = verdict(gate, findings=("flat-margins",))
+        found["gates"][1] |= {"value": kl, "bound": 0.1}
+        assert change(next_change(found, start())) == (None if rate is None else ("learning_rate", rate))
+
+
 def test_what_was_tried_is_not_tried_again() -> None:
     """Over the bound at 1e-6, flat at 5e-7: doubling would be 1e-6 again, so beta is lowered."""
     first = next_change(verdict("kl"), start())
