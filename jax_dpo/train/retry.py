@@ -108,7 +108,7 @@ def next_change(
 
 def _moved(verdict: Mapping[str, Any]) -> bool:
     """Whether the KL is above half of its bound: twice the rate would be over it, and the policy did not stand still."""
-    kl = next((gate for gate in verdict.get("gates", ()) if gate.get("name") == "kl"), {})
+    kl: Mapping[str, Any] = next((gate for gate in verdict.get("gates", ()) if gate.get("name") == "kl"), {})
     value, bound = kl.get("value"), kl.get("bound")
     return value is not None and bound is not None and value > 0.5 * bound
 
