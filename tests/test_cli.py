@@ -45,7 +45,7 @@ class Fakes:
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     made = Fakes()
     modules = {
-        "jax_dpo.trainer": ("run_training", "run_evaluation", "run_check", "run_generate"),
+        "jax_dpo.trainer": ("run_training", "run_evaluation", "run_check", "run_generate", "run_tune"),
         "jax_dpo.policy": ("convert",),
         "jax_dpo.report.html": ("write_report",),
         "jax_dpo.report.compare": ("write_comparison",),
@@ -90,6 +90,22 @@ def test_the_other_commands_hand_over_what_was_parsed(fakes: Fakes, capsys: pyte
     fakes.calls.clear()
     assert main(["report", "run"]) == 0
     assert [name for name, _, _ in fakes.calls] == ["write_report"], "one run alone is compared with nothing"
+
+
+def test_tune_takes_its_own_options_out_of_the_command_line(fakes: Fakes) -> None:
+    own = ["--trial-steps=20", "--trial_rates", "1e-6", "2e-6", "--kl_share", "0.9"]
+    assert main(["tune", "--learning_rate", "1e-6", *TRAIN[1:], *own, "--kl_actions", "rollback", "--beta=0.2"]) == 0
+    ((name, (script, config, rest), given),) = fakes.calls
+    assert (name, script.model_name_or_path, config.beta) == ("run_tune", "m", 0.2)
+    assert rest == [*TRAIN[1:], "--kl_actions", "rollback"]
+    assert given == {
+        "trial_steps": 20,
+        "trial_pairs": 64,
+        "trial_rates": [1e-6, 2e-6],
+        "trial_betas": [],
+        "kl_share": 0.9,
+        "tune_report": None,
+    }
 
 
 def test_doctor_gets_the_places_of_the_caches(fakes: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jax_dpo.config import DPOConfig, ScriptArguments, parse
+from jax_dpo.config.advice import ADVICE
 from jax_dpo.config.fields import Problem, above, at_least, option, read, refuse, within
-from jax_dpo.config.flags import option_types, read_flags
+from jax_dpo.config.flags import option_types, read_flags, take_flags
+from jax_dpo.config.parse import ALIASES
 from jax_dpo.config.places import compile_cache, token_cache
 from jax_dpo.errors import OK, UserError
 
@@ -67,6 +69,28 @@ class GenerateArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneArguments:
+    """Arguments of `tune` beside those of a run."""
+
+    trial_steps: int = option(30, "Steps of each trial.", group="Trials", check=at_least(4))
+    trial_pairs: int = option(64, "Held-out pairs that each trial is measured on.", group="Trials", check=at_least(2))
+    trial_rates: list[float] = option([], "Learning rates to try, in place of a search.", group="Trials")
+    trial_betas: list[float] = option(
+        [],
+        "Betas to compare with the configured one, which alone compares none; empty, its half and its double within 0.05 to 0.3.",
+        group="Trials",
+    )
+    kl_share: float | None = option(
+        None,
+        "Share of target_kl that the planned run is to end at, which leaves room for what short trials cannot tell; unset, 0.75 for full "
+        "training with AdamW, 0.6 for adapters and other optimizers.",
+        group="Trials",
+        check=within(0, 1, open_low=True),
+    )
+    tune_report: str | None = option(None, "File for the report; unset, tune.json in output_dir.", group="Trials")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportArguments:
     """Arguments of `report`, beside the directories of the runs."""
 
@@ -108,6 +132,22 @@ def train(argv: list[str]) -> int:
     from jax_dpo.trainer import run_training
 
     return run_training(script, config)
+
+
+def tune(argv: list[str]) -> int:
+    others = [*option_types(ScriptArguments, DPOConfig), *ALIASES, *ADVICE]
+    flags, rest = take_flags(argv, option_types(TuneArguments), others)
+    values, wrong = read(TuneArguments, flags.given, {})
+    for name in ("trial_rates", "trial_betas"):
+        if any(value <= 0 for value in values.get(name, ())):
+            wrong.append(Problem(name, "expected numbers above 0"))
+    refuse([*flags.problems, *wrong])
+    script, config = parse(rest, needs=("model_name_or_path", "dataset_name"))
+    chosen = TuneArguments(**values)
+    _, rest = take_flags(rest, {name: option_types(DPOConfig)[name] for name in ("learning_rate", "beta")}, others)
+    from jax_dpo.trainer import run_tune
+
+    return run_tune(script, config, rest, **dataclasses.asdict(chosen))
 
 
 def evaluate(argv: list[str]) -> int:
@@ -187,6 +227,10 @@ _RUN_NOTE = (
     "Options: --a_b value, --a-b value or --a_b=value; --x, --x false or --no_x; --list one two; mappings as JSON; none for unset."
 )
 _RUN = (ScriptArguments, DPOConfig)
+_TUNE_NOTE = (
+    "Takes every option of train. The options of the trials stand on the command line alone. No state is kept: what is written is one "
+    "small report. Exit codes: 0 done, 1 unexpected, 2 the input is wrong or no trial is a guide, 75 stopped by a signal."
+)
 _EXIT_NOTE = (
     "Exit codes: 0 done and gates passed, 1 unexpected, 2 the input is wrong, 3 trained but a gate failed, 75 stopped by a signal "
     "after saving (the same command with --resume_from_checkpoint auto goes on)."
@@ -235,6 +279,19 @@ COMMANDS: Mapping[str, Command] = {
             run=check,
             groups=("Model", "Data"),
             note=_RUN_NOTE,
+        ),
+        Command(
+            name="tune",
+            usage="jax-dpo tune [CONFIG.yaml ...] [options]",
+            summary="Propose a learning rate and a beta for a model and its pairs, by short trials.",
+            examples=(
+                "jax-dpo tune configs/standard.yaml --model_name_or_path ./model --dataset_name pairs.jsonl --test_split_size 0.05",
+                "jax-dpo tune run.yaml --trial_steps 20 --trial_betas 0.05 0.1 0.2 --tune_report tune.json",
+            ),
+            options=(TuneArguments, *_RUN),
+            run=tune,
+            groups=("Trials", "Model", "Data", "LoRA", "Loss", "KL control"),
+            note=f"{_RUN_NOTE}\n\n{_TUNE_NOTE}",
         ),
         Command(
             name="convert",

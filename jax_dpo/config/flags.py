@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,29 @@ def read_flags(
             if not equals:
                 _take(rest)
     return flags
+
+
+def take_flags(argv: Sequence[str], hints: Mapping[str, Any], others: Iterable[str] = ()) -> tuple[Flags, list[str]]:
+    """(the options in `hints`, all that stands beside them, as it was). `others` are options that are none of a typing error's business."""
+    flags, rest, left = Flags(), list(argv), []
+    known = {*others, "config"} - set(hints)
+    while rest:
+        token = rest.pop(0)
+        if token == "--":
+            left += [token, *rest]
+            break
+        word, equals, value = token.partition("=")
+        name = word.lstrip("-").replace("-", "_")
+        close = nearest(name, [*hints, *known], n=1)
+        if word.startswith("--") and name in hints:
+            _read_one(flags, name, hints[name], [value] if equals else None, rest)
+        elif word.startswith("--") and name not in known and close and close[0] in hints:
+            flags.problems.append(Problem(word, f"there is no such option; did you mean --{close[0]}?", unknown=True))
+            if not equals:
+                _take(rest)
+        else:
+            left.append(token)
+    return flags, left
 
 
 def _near(name: str, hints: Mapping[str, Any]) -> str:

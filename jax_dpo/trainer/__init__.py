@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jax_dpo.trainer.commands import run_check, run_evaluation, run_generate, run_training
 from jax_dpo.trainer.dpo import DPOTrainer, TrainerState, TrainOutput
+from jax_dpo.trainer.run_tune import run_tune
 
 __all__ = [
     "DPOTrainer",
@@ -13,4 +14,5 @@ __all__ = [
     "run_evaluation",
     "run_generate",
     "run_training",
+    "run_tune",
 ]

@@ -52,8 +52,8 @@ def _held_out(script: ScriptArguments) -> Any:
     return None
 
 
-def _data(script: ScriptArguments, config: DPOConfig) -> tuple[Any, Any]:
-    """Training rows and held-out rows. What is held out is not trained on, also where nothing is evaluated."""
+def read_data(script: ScriptArguments, seed: int) -> tuple[Any, Any]:
+    """Training rows and held-out rows (None where there are none). What is held out is not trained on, also where nothing is evaluated."""
     train, held_out = _train_rows(script), _held_out(script)
     if script.dataset_streaming and isinstance(train, Rows):
         train = Stream(train)
@@ -63,11 +63,11 @@ def _data(script: ScriptArguments, config: DPOConfig) -> tuple[Any, Any]:
                 "stream-without-length",
                 "test_split_size cannot be taken from a stream: leave dataset_streaming out, or name the pairs in eval_dataset.",
             )
-        train, held_out = split_rows(train, script.test_split_size, config.seed)
-    return train, None if config.eval_strategy == "no" else held_out
+        train, held_out = split_rows(train, script.test_split_size, seed)
+    return train, held_out
 
 
-def _adapter(script: ScriptArguments) -> LoraConfig | None:
+def adapter_of(script: ScriptArguments) -> LoraConfig | None:
     if not script.use_peft:
         return None
     return LoraConfig(
@@ -177,15 +177,15 @@ def _train_once(script: ScriptArguments, config: DPOConfig, notes: list[str]) ->
     )
     try:
         display.busy("reading the data")
-        train, held_out = _data(script, config)
+        train, held_out = read_data(script, config.seed)
         trainer = DPOTrainer(
             model=script.model_name_or_path,
             ref_model=script.ref_model_name_or_path,
             args=config,
             train_dataset=train,
-            eval_dataset=held_out,
+            eval_dataset=None if config.eval_strategy == "no" else held_out,
             processing_class=script.tokenizer_name_or_path,
-            peft_config=_adapter(script),
+            peft_config=adapter_of(script),
             display=display,
             revision=script.model_revision,
         )

@@ -189,7 +189,7 @@ class DPOTrainer(TrlSurface):
 
     def _before_training(self, doing: str, batch: int, compute: Callable[[], Precomputed]) -> Precomputed:
         """What is computed ahead of step 1, `batch` pairs at a time; a stop is shown."""
-        with self._memory(doing, batch):
+        with self.memory(doing, batch):
             try:
                 return compute()
             except Stopped:
@@ -225,7 +225,8 @@ class DPOTrainer(TrlSurface):
     def _tokenizing(self, done: int, total: int) -> None:
         self.display.busy(f"tokenizing {done:,} of {total:,}")
 
-    def _memory(self, doing: str, reference_batch: int | None = None) -> Any:
+    def memory(self, doing: str, reference_batch: int | None = None) -> Any:
+        """Answers want of memory in the block with what to change."""
         a = self.args
         settings = MemorySettings(
             per_device_train_batch_size=a.per_device_train_batch_size,
@@ -245,7 +246,7 @@ class DPOTrainer(TrlSurface):
         """Model and reference onto the devices."""
         if self._device_state is None:
             self.display.busy("loading the model")
-            with self._memory("loading the model"):
+            with self.memory("loading the model"):
                 self._device_state = self.engine.fresh_state()
                 self._frozen = self.engine.frozen(self._device_state)
                 if self.already_finished:
@@ -314,7 +315,7 @@ class DPOTrainer(TrlSurface):
             progress = fresh_progress(self.args)
             state, self._device_state = self._device_state, None
             try:
-                with parts.checkpoints, self._memory("training"):
+                with parts.checkpoints, self.memory("training"):
                     if start.step is not None:
                         state, progress = start.restore(parts, self.engine.abstract_state, self.notes)
                     else:
@@ -388,7 +389,7 @@ class DPOTrainer(TrlSurface):
             self.engine.eval_sets = sets
         self._arrange()
         self._load()
-        with self._memory("evaluating"):
+        with self.memory("evaluating"):
             found = evaluation_metrics(self, sets, self._device_state, self._frozen, self.state.global_step)
         return found if self.trained_tokens is None else {**found, "epoch": self.state.epoch}
 
