@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jax_dpo.report import format as fmt
-from jax_dpo.report.terminal import Quiet
+from jax_dpo.report.terminal import Terminal
 
 _WIDTHS = (13, 8, 7, 10, 9, 9, 8, 10)
 FAR = 10.0  # times the bound: what is beyond is no number that trials near the bound could tell
 _HEAD = ("learning rate", "beta", "steps", "KL", "accuracy", "margin", "loss", "gradient")
 
 
-class TuneScreen(Quiet):
-    """Shows trials on the terminal; where that can be redrawn, also what is being done."""
+class TuneScreen(Terminal):
+    """Shows trials on the terminal; where lines can be redrawn, also what is being done."""
 
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        tty = bool(getattr(sys.stdout, "isatty", lambda: False)())
-        self.console = Console(force_terminal=None if tty else False, soft_wrap=True, highlight=False)
-        self._status: Any = None
-        self._rows = 0
-
-    def busy(self, what: str) -> None:
-        if not self.console.is_terminal:
-            return
-        if self._status is None:
-            self._status = self.console.status(what)
-            self._status.start()
-        else:
-            self._status.update(what)
+    _heads = 0
 
     def trial(self, trial: Mapping[str, Any]) -> None:
         """One line; the head stands before the first."""
-        if not self._rows:
+        if not self._heads:
             self._say("".join(f"{name:>{width}}" for name, width in zip(_HEAD, _WIDTHS)))
-        self._rows += 1
+        self._heads += 1
         cells = (
             fmt.power(trial["learning_rate"]),
             f"{trial['beta']:g}",
@@ -59,18 +44,14 @@ class TuneScreen(Quiet):
         for line in sentences(report):
             self._say(line)
         self._say("")
-        self._say(f"  {command}")
+        self._print(self._text(f"  {command}"), soft_wrap=True)  # one line, to be copied
 
-    def say(self, text: str) -> None:
-        self._say(text)
+    def wrote(self, path: Path) -> None:
+        self._say("")
+        self._say(f"{path}: the trials and the proposal")
 
     def close(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
-
-    def _say(self, text: str) -> None:
-        self.console.print(fmt.plain(text), markup=False)
+        self._end_line()
 
 
 def sentences(report: Mapping[str, Any]) -> list[str]:

@@ -63,7 +63,7 @@ def run_tune(
         )
     args = without_control(config)
     notes = [*prepare_jax(args), *script.warnings()]
-    screen = TuneScreen() if is_primary() else None
+    screen = TuneScreen(live=False if config.disable_tqdm else None) if is_primary() else None
     try:
         run, probe, planned = _built(script, args, options, screen or Quiet(), notes)
         with StopRequest() as stop, run.memory("tuning"):
@@ -78,7 +78,7 @@ def run_tune(
         if screen is not None:
             screen.result(made, made["command"])
             _write(path, made)
-            screen.say(f"\n{path}: the trials and the proposal")
+            screen.wrote(path)
     finally:
         if screen is not None:
             screen.close()
