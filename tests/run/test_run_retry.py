@@ -133,6 +133,7 @@ def test_without_a_change_there_is_no_attempt(options: dict[str, Any], tmp_path:
     assert list((tmp_path / "out").glob("*attempt*")) == []
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_middle_of_a_retry_goes_on(
     options: dict[str, Any], plain: dict[float, Path], tmp_path: Path
 ) -> None:
