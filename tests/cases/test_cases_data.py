@@ -184,6 +184,7 @@ def test_no_system_turn(start_of: Callable[..., Path], inputs: Path) -> None:
     assert "row 4: identical" in said
 
 
+@pytest.mark.slow
 def test_no_pad_token(start_of: Callable[..., Path], inputs: Path) -> None:
     """meta-llama/llama#481, huggingface/transformers#27880: no pad token, -1 in the config, a tokenizer that adds EOS itself."""
     model = start_of("bos_eos_nopad", pad_token_id=-1)
@@ -202,6 +203,7 @@ def test_alternating_roles(start_of: Callable[..., Path], inputs: Path) -> None:
     assert "row 2: invalid: the chat template refuses the conversation" in check(model, "alternating-roles.jsonl").out
 
 
+@pytest.mark.slow
 def test_reference_columns(start: Path, inputs: Path) -> None:
     """huggingface/trl#6434, #885: columns with somebody's log-probabilities are not read, with precomputing or without (TRL's numbers)."""
     for more in ([], ["--precompute_ref_log_probs", "true"]):

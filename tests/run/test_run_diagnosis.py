@@ -163,6 +163,7 @@ def test_length_exploitation(train: Train, sets: dict[str, Any]) -> None:
     assert f"longer in {100 * longer:.1f} % of the 64" in text
 
 
+@pytest.mark.slow
 def test_lengths_that_cannot_be_told_from_quality(train: Train, tmp_path: Path) -> None:
     """Every chosen answer is longer by the same: no line can tell whether its length was learned."""
     sides = {"chosen": (8, 9), "rejected": (3, 4)}
@@ -181,6 +182,7 @@ def test_dropped_data(train: Train, data: Path, tmp_path: Path) -> None:
     assert "dropped.jsonl" in found["dropped-data"]["advice"].lower()
 
 
+@pytest.mark.slow
 def test_clipped_in_every_step(train: Train) -> None:
     out, found = train(max_grad_norm=0.1)
     norms = [r["grad_norm"] for r in tiny.records(out, "train")]

@@ -95,7 +95,11 @@ def check_same(got: Path, want: Path) -> None:
         np.testing.assert_allclose(others[name], weight, rtol=0, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c == "longer rows" else ()) for c in ALONE])
+# Each compiles a step of its own; "all at once" has most of the first ones in it.
+SLOW = ("longer rows", "one micro-batch of TRL's", "rematerialised", "no packing")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in ALONE])
 def test_one_device(case: str, options: dict[str, Any], plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert tiny.jax_dpo("train", *tiny.flags({**options, **ALONE[case]}), "--output_dir", out).code == 0

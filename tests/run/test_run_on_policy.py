@@ -116,6 +116,7 @@ def test_the_same_step_draws_the_same(whole: tuple[Any, Spy, list[int]], options
     assert found == tiny.untimed(tiny.records(out, "eval"))[-1:]
 
 
+@pytest.mark.slow
 def test_with_an_adapter_and_several_sets_from_the_command_line(
     options: dict[str, Any], data: Path, model: Path, tmp_path: Path
 ) -> None:

@@ -132,7 +132,7 @@ def test_a_run_takes_wide_gaps_first_and_keeps_what_was_computed(
         given(trainer_of(model, str(data), tmp_path / "other", curriculum_reward_model=str(changed)))
 
 
-@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("pairs", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_function_gives_gaps_or_rewards(model: Path, pairs: bool, tmp_path: Path) -> None:
     """It sees every pair once, as the training reads it; the run that goes on does not ask it again."""
     texts = tiny.text_rows(70, seed=4)

@@ -86,7 +86,11 @@ def test_it_goes_on_to_the_bit(held: tuple[Path, tiny.Ended], evaluated: dict[st
 
 
 @pytest.mark.parametrize(
-    "more", [{"use_peft": True, "lora_dropout": 0.0}, {"sync_ref_model": True, "ref_model_sync_steps": 3}]
+    "more",
+    [
+        {"use_peft": True, "lora_dropout": 0.0},
+        pytest.param({"sync_ref_model": True, "ref_model_sync_steps": 3}, marks=pytest.mark.slow),
+    ],
 )
 def test_adapters_and_moving_references_are_held_too(
     evaluated: dict[str, Any], more: dict[str, Any], tmp_path: Path
