@@ -51,7 +51,10 @@ def check_same(found: tiny.Trajectory, want: tiny.Trajectory) -> None:
         assert len(a) == len(b) and a.metrics().keys() == b.metrics().keys()
         for name, value in b.metrics().items():
             np.testing.assert_allclose(a.metrics()[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
-        np.testing.assert_allclose(a.at, b.at, rtol=1e-3, atol=5e-5)
+        # Rows that hold more tokens have room for later positions, at which no answer is.
+        shared = min(a.at.shape[1], b.at.shape[1])
+        np.testing.assert_allclose(a.at[:, :shared], b.at[:, :shared], rtol=1e-3, atol=5e-5)
+        assert not a.at[:, shared:].any() and not b.at[:, shared:].any()
     for path, weight in want.weights.items():
         difference = np.abs(found.weights[path] - weight)
         assert difference.max() < 2e-5, path
