@@ -114,6 +114,7 @@ def test_tool_arguments_text(start: Path, inputs: Path) -> None:
     assert "tool_arguments" not in check(start, "tool-arguments-object.jsonl").out
 
 
+@pytest.mark.slow
 def test_split_names(start: Path, inputs: Path) -> None:
     """princeton-nlp/SimPO#18: splits with names of their own, from the data card."""
     for name in ("wrong", "right"):

@@ -13,7 +13,7 @@ import tiny
 from cases import TESTS, edit, log_probability
 from transformers import AutoTokenizer
 
-pytestmark = pytest.mark.usefixtures("inputs")
+pytestmark = [pytest.mark.usefixtures("inputs"), pytest.mark.slow]
 CHAT = [{"role": "user", "content": "hi"}]
 NEW = {
     "dtype",
@@ -76,7 +76,6 @@ def test_template_place(start_of: Callable[..., Path], inside: bool) -> None:
         assert AutoTokenizer.from_pretrained(str(out)).apply_chat_template(CHAT, tokenize=False) == rendered
 
 
-@pytest.mark.slow
 def test_tokenizer_list(start_of: Callable[..., Path]) -> None:
     """modelscope/ms-swift#8352, ml-explore/mlx-lm#661: tokenizer files leave as they came, in the form of transformers 4 too."""
     model = start_of()
@@ -122,7 +121,6 @@ def test_rope_theta_place(start_of: Callable[..., Path], old: bool) -> None:
     assert log_probability(Path("out/final")) == pytest.approx(-36.9985, abs=5e-4)
 
 
-@pytest.mark.slow
 def test_unservable_result(tmp_path: Path) -> None:
     """AI-Hypercomputer/maxtext#2867: an activation under both of its names stays under both."""
     model = tmp_path / "gemma2"
@@ -133,7 +131,6 @@ def test_unservable_result(tmp_path: Path) -> None:
     assert {k: v for k, v in written.items() if k not in NEW} == {k: v for k, v in came.items() if k not in NEW}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("more", [{"lora_modules_to_save": "norm"}, {"use_dora": "true"}, {}])
 def test_served_adapters(start: Path, more: dict[str, str]) -> None:
     """vllm-project/vllm#9280: an adapter that servers refuse; that is said before the run, with the way out, which works."""

@@ -51,6 +51,7 @@ def test_resume_other_batch() -> None:
     assert [r["loss"] for r in steps] == near(want)
 
 
+@pytest.mark.slow
 def test_small_eval() -> None:
     """OpenRLHF/OpenRLHF#549: three held-out pairs in places for eight."""
     assert train("small-eval.yaml").code in (0, 3)
@@ -115,6 +116,7 @@ def test_best_metric_name_refused(file: str, metric: str, said: str) -> None:
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_keep_one() -> None:
     """huggingface/transformers#11748, axolotl-ai-cloud/axolotl#2424: the best checkpoint is the first, and one is kept."""
     ended = train("keep-one.yaml")
@@ -134,6 +136,7 @@ def test_keep_one() -> None:
     assert "none: no checkpoint was within the bound on KL" in ended.out
 
 
+@pytest.mark.slow
 def test_frozen_adapter(start: Path) -> None:
     """huggingface/trl#4023, #1311: a trained adapter whose file says inference_mode trains on."""
     model = load_model("START", adapter=adapter(Path("adapter"), "START"))

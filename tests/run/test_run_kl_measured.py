@@ -72,6 +72,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_model(tmp_path_factory.mktemp("models") / "other", seed=1)
 
 
+@pytest.mark.slow
 def test_a_log_line_is_about_all_answers_of_its_steps(
     model: Path, other: Path, usual: dict[str, Any], tmp_path: Path
 ) -> None:
