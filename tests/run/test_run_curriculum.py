@@ -162,6 +162,7 @@ def test_a_run_that_has_lost_its_gaps_says_so(usual: dict[str, Any], scored: Pat
     assert "does not hold the gaps" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_references_own_log_ratio(still: dict[str, Any], row_of: Any, tmp_path: Path) -> None:
     """By the sums that precompute_ref_log_probs gives, wide gaps first; evaluate() before the training changes nothing."""
     from jax_dpo import DPOConfig, DPOTrainer

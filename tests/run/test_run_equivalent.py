@@ -96,7 +96,14 @@ def check_same(got: Path, want: Path) -> None:
 
 
 # Each compiles a step of its own; "all at once" has most of the first ones in it.
-SLOW = ("longer rows", "one micro-batch of TRL's", "rematerialised", "no packing")
+SLOW = (
+    "longer rows",
+    "one micro-batch of TRL's",
+    "rematerialised",
+    "no packing",
+    "prompt not shared",
+    "reference path",
+)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in ALONE])

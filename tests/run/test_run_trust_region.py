@@ -66,6 +66,7 @@ def test_a_run_that_stays_within_takes_every_update_whole(evaluated: dict[str, A
         assert held["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_probe_sets_kl_is_that_of_these_pairs(
     held: tuple[Path, tiny.Ended], evaluated: dict[str, Any], tmp_path: Path
 ) -> None:
