@@ -46,10 +46,11 @@ COMMON: dict[str, Any] = {
 }
 ACTIONS: dict[str, Any] = {"kl_actions": ["halve_lr", "raise_beta", "rollback"]}
 REGION: dict[str, Any] = {"kl_trust_region": True}
+SAMPLED: dict[str, Any] = {"eval_on_policy_prompts": 64, "eval_on_policy_tokens": 40}
 CONTROLS: dict[str, dict[str, Any]] = {
-    "off": {},
+    "off": SAMPLED,
     "actions": ACTIONS,
-    "trust_region": REGION,
+    "trust_region": REGION | SAMPLED,
 }
 """what is switched on, by the name of the control; each is run at every rate"""
 

@@ -218,7 +218,8 @@ class TrainingOptions:
     eval_on_policy_prompts: int = option(
         0,
         "Number of prompts of each evaluation set that the policy answers at every evaluation, sampled from its own distribution, to "
-        "measure the exact KL along its own answers: eval_kl_on_policy. The weights are whole on each device meanwhile.",
+        "measure the exact KL along its own answers: eval_kl_on_policy. Where a set has fewer, they are answered several times. The "
+        "weights are whole on each device meanwhile.",
         group="Evaluation",
         check=at_least(0),
     )

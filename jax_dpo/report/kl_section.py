@@ -9,9 +9,10 @@ from jax_dpo.report import format as fmt
 from jax_dpo.report.markup import Markup, el
 from jax_dpo.report.records import Record
 from jax_dpo.report.sections import section, table
-from jax_dpo.report.summary import Run, eval_value, on_policy_text, part
+from jax_dpo.report.summary import Run, eval_value, on_policy_text, part, said
 
 _SIDES = ("chosen", "rejected")
+FARTHEST = 3
 
 
 def kl_detail(run: Run) -> Markup | None:
@@ -65,7 +66,23 @@ def _spread(record: Record, profile: Mapping[str, Any], metric: str) -> list[tup
 def _sampled(run: Run) -> list[Markup]:
     """The last evaluation that sampled answers in words, set by set; the curves have all of them."""
     last = [(run.evals_of(name)[-1], f" on {fmt.plain(name)}" if name else "") for name in run.set_names]
-    return [el("p", _in_words(r, where)) for r, where in last if on_policy_text(r)]
+    parts: list[Markup] = []
+    for record, where in last:
+        if on_policy_text(record):
+            parts.append(el("p", _in_words(record, where)))
+            parts += _farthest(record)
+    return parts
+
+
+def _farthest(record: Record) -> list[Markup]:
+    """The sampled answers along which the policy is farthest from the reference: what it has become, in its own words."""
+    answers = [a for a in record.get("sampled") or () if isinstance(a, dict)]
+    each = lambda a: (fmt.finite(a.get("kl")) or 0.0) / max(fmt.finite(a.get("tokens")) or 0, 1)  # noqa: E731
+    first = sorted(answers, key=each, reverse=True)[:FARTHEST]
+    if not first:
+        return []
+    rows = [[said(a.get("prompt")), said(a.get("answer")) or "(empty)", fmt.number(each(a))] for a in first]
+    return [table("Sampled answers with the highest KL", ("Prompt", "Answer", "KL per token"), rows)]
 
 
 def _in_words(last: Record, where: str) -> str:

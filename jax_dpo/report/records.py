@@ -20,7 +20,7 @@ Record = dict[str, Any]
 KINDS = ("start", "train", "eval", "nonfinite", "kl_action", "checkpoint", "samples", "resume", "verdict", "end")
 # What belongs to a step, and is undone with it.
 _OF_A_STEP = ("train", "eval", "nonfinite", "kl_action", "checkpoint", "samples", "verdict")
-_NO_METRIC = ("kind", "step", "time", "set", "non_finite", "epoch", "reason", "seconds", "kl_profile")
+_NO_METRIC = ("kind", "step", "time", "set", "non_finite", "epoch", "reason", "seconds", "kl_profile", "sampled")
 
 
 class RunLog:

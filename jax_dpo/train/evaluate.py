@@ -23,8 +23,18 @@ from jax_dpo.train.length import length_effect
 from jax_dpo.train.state import Frozen, Knobs
 
 Evaluator = Callable[[Tree, Frozen, Batch, Knobs], tuple[Any, PairSums, RouterSums | None]]
-OnPolicy = Callable[[Tree, Frozen, Knobs, int], dict[str, float]]
-"""(trained parameters, what stays, knobs, step) -> metrics; the step chooses the random numbers"""
+
+
+class OwnAnswers(NamedTuple):
+    """What the policy answered to some of the prompts of a set, and the KL along it."""
+
+    metrics: dict[str, float]
+    answers: list[dict[str, Any]]
+    """one a prompt: `prompt` and `answer` (text), `kl` (sum over the answer, nats) and `tokens`"""
+
+
+OnPolicy = Callable[[Tree, Frozen, Knobs, int], OwnAnswers]
+"""(trained parameters, what stays, knobs, step) -> what was sampled; the step chooses the random numbers"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class EvalSet:
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     """{field of `Batch`: [N]} what the data say of each pair"""
     on_policy: OnPolicy | None = None
-    """samples answers to some of its prompts and gives the metrics of the KL along them"""
+    """samples answers to some of its prompts and measures the KL along them"""
 
     @property
     def prefix(self) -> str:
@@ -59,6 +69,8 @@ class Measured(NamedTuple):
     """under `eval_` (and the set's name), with `runtime` and speed"""
     kl_profile: dict[str, Any]
     """see `kl.ResponseKL.profile`"""
+    sampled: list[dict[str, Any]]
+    """see `OwnAnswers.answers`; empty where nothing was sampled"""
 
 
 def evaluate(*arguments: Any) -> dict[str, float]:
@@ -108,11 +120,13 @@ def measure(
     seconds = time.perf_counter() - began
     found |= {"runtime": seconds, "samples_per_second": held_out.pairs / seconds}
     found["steps_per_second"] = math.ceil(held_out.pairs / held_out.group) / seconds
+    sampled: list[dict[str, Any]] = []
     if held_out.on_policy is not None and step is not None:
         began = time.perf_counter()
-        found |= held_out.on_policy(params, frozen, knobs, step)
+        own, sampled = held_out.on_policy(params, frozen, knobs, step)
+        found |= own
         found[f"{ON_POLICY}/runtime"] = time.perf_counter() - began
-    return Measured({held_out.prefix + name: value for name, value in found.items()}, responses.profile())
+    return Measured({held_out.prefix + name: value for name, value in found.items()}, responses.profile(), sampled)
 
 
 def of_pairs(

@@ -248,8 +248,9 @@ class Loop:
             knobs = self._judging_knobs()
             tell = partial(self._faulty_evaluation, held_out)
             against = (self.state.params, frozen, knobs, parts.options)
-            metrics, profile = measure(parts.evaluator, held_out, *against, tell, self.progress.step)
-            more = ({} if held_out.name is None else {"set": held_out.name}) | {"kl_profile": profile}
+            metrics, profile, sampled = measure(parts.evaluator, held_out, *against, tell, self.progress.step)
+            more: dict[str, Any] = {} if held_out.name is None else {"set": held_out.name}
+            more |= {"kl_profile": profile, **({"sampled": sampled} if sampled else {})}
             self._write("eval", {**metrics, "beta": beta, **more, **self._tokens_so_far(held_out)})
             parts.notify("on_evaluate", metrics)
             found |= metrics

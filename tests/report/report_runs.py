@@ -138,6 +138,11 @@ def evaluate(step: int, steps: int = 24, kl: float | None = None, name: str | No
     return {**record, **{prefix + k: v for k, v in metrics.items()}, **more}
 
 
+SAMPLED = [
+    {"prompt": f"prompt {i}", "answer": "" if i == 2 else f"answer {i}", "kl": float(i), "tokens": 5} for i in range(5)
+]
+
+
 def detailed(record: Record) -> Record:
     """An evaluation with all that is said of single answers, and of answers sampled from the policy."""
     set_name = record.get("set")
@@ -162,7 +167,7 @@ def detailed(record: Record) -> Record:
         }
     for q, x in spread.items():
         metrics |= {f"kl_divergence/{q}": x * kl, f"kl_sequence/{q}": 30 * x * kl}
-    return {**record, **{prefix + k: v for k, v in metrics.items()}, "kl_profile": profile}
+    return {**record, **{prefix + k: v for k, v in metrics.items()}, "kl_profile": profile, "sampled": SAMPLED}
 
 
 def checkpoint(step: int, score: float | None, best: bool = True) -> Record:

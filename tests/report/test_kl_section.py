@@ -44,6 +44,12 @@ def test_sampled_answers_beside_those_of_the_data() -> None:
     assert "answers of the data: from 0.0000 at step 0 to 0.0970 at step 24" in curves
     assert "0.1261 ± 0.0097 nats per token, 5.0440 ± 0.3880 nats per answer of 40.0 tokens" in text
     assert on_policy_text(runs.detailed(runs.evaluate(24))) == "0.1261 ± 0.0097"
+    farthest = cells(text, "Sampled answers with the highest KL")
+    assert farthest == [
+        ["prompt 4", "answer 4", "0.8000"],
+        ["prompt 3", "answer 3", "0.6000"],
+        ["prompt 2", "(empty)", "0.4000"],
+    ]
 
 
 def test_several_sets_have_their_own(tmp_path: Path) -> None:

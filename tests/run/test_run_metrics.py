@@ -13,7 +13,7 @@ from jax_dpo.train import kl
 from jax_dpo.train.metrics import Sums, named
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-BOOKKEEPING = {"kind", "time", "set", "non_finite", "reason", "seconds", "kl_profile"}
+BOOKKEEPING = {"kind", "time", "set", "non_finite", "reason", "seconds", "kl_profile", "sampled"}
 
 
 def listed(*titles: str) -> set[str]:

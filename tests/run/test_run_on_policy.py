@@ -92,6 +92,24 @@ def test_it_is_the_kl_of_plain_logits_along_what_was_sampled(
     # Policy and reference are one at the start, wherever the policy goes.
     assert first["eval_kl_on_policy"] == first["eval_kl_on_policy/sequence_se"] == 0
     assert first["eval_kl_on_policy/length"] > 0
+    decode = trainer.processing_class.decode
+    assert [a["prompt"] for a in last["sampled"]] == [decode(p, skip_special_tokens=True).strip() for p in prompts]
+    assert [a["answer"] for a in last["sampled"]] == [decode(a, skip_special_tokens=True).strip() for a in answers]
+    assert [a["tokens"] for a in last["sampled"]] == [len(a) for a in answers]
+    each = last["eval_kl_on_policy/sequence"] * len(prompts)
+    assert sum(a["kl"] for a in last["sampled"]) == pytest.approx(each, rel=1e-5)
+    assert all("sampled" not in entry for entry in trainer.state.log_history)
+
+
+def test_fewer_prompts_than_asked_for_are_answered_several_times(options: dict[str, Any], tmp_path: Path) -> None:
+    row = {"prompt": "a b", "chosen": " c", "rejected": " d"}
+    trainer = trainer_of(options, tmp_path / "out", [row] * 2)
+    with pytest.MonkeyPatch.context() as patch:
+        spy = Spy(patch)
+        trainer.evaluate()
+    ((prompts, answers),) = spy.calls
+    assert len(prompts) == 5 and len({tuple(p) for p in prompts}) == 1
+    assert len({tuple(a) for a in answers}) > 1
 
 
 def test_every_evaluation_draws_anew_and_compiles_nothing_more(whole: tuple[Any, Spy, list[int]]) -> None:
