@@ -38,6 +38,7 @@ SEEDS = (42, 1, 2)
 COMMON: dict[str, Any] = {
     "kl_coef": 0,
     "kl_actions": [],
+    "eval_on_start": False,
     "eval_steps": 6,
     "save_steps": 6,
     "save_total_limit": 1,
@@ -48,7 +49,7 @@ ACTIONS: dict[str, Any] = {"kl_actions": ["halve_lr", "raise_beta", "rollback"]}
 REGION: dict[str, Any] = {"kl_trust_region": True}
 SAMPLED: dict[str, Any] = {"eval_on_policy_prompts": 64, "eval_on_policy_tokens": 40}
 CONTROLS: dict[str, dict[str, Any]] = {
-    "off": SAMPLED,
+    "off": SAMPLED | {"eval_on_start": True},
     "actions": ACTIONS,
     "trust_region": REGION | SAMPLED,
 }

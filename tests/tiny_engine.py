@@ -127,7 +127,10 @@ def pair_set(n: int, seed: int = 0, vocabulary: int = VOCABULARY, columns: Seque
         file_of=np.zeros(n, np.int32),
         twin=rows,
         gap=np.full(n, np.nan),
-        given=np.stack([rng.uniform(low, high, n) for low, high in ((0.03, 0.3), (-0.5, 1), (0, 1), (0, 2))], 1),
+        given=np.stack(
+            [rng.uniform(low, high, n) for low, high in ((0.03, 0.3), (-0.5, 1), (0, 1), (0, 2), (-9, 0), (-9, 0))], 1
+        ),
+        scored=np.zeros(0, np.uint8),
         flags=np.zeros(n, np.uint8),
         facts=Facts(n, True, False),
     )

@@ -30,11 +30,14 @@ from jax_dpo.config.fields import (
 )
 from jax_dpo.config.kl_rules import KL_ACTIONS, KL_CONTROLLERS, KL_JUDGED_ON
 from jax_dpo.config.rules import (
+    COMPLETION_TURNS,
     DATA_FORMATS,
     DROP_REASONS,
     F_DIVERGENCES,
     LOSS_TYPES,
+    OVERLONG,
     PAIR_COLUMNS,
+    SYSTEM_TURNS,
     problems_between,
     warnings_of,
 )
@@ -128,6 +131,31 @@ class DPOConfig(TrainingOptions):
         group="Data",
         choices=("as_given", "parsed"),
     )
+    system_turn: str = option(
+        "as_given",
+        "System turns: as_given to the chat template, or merged into the user's turn that follows (the text, an empty line, the "
+        "user's), for templates that refuse a system turn.",
+        group="Data",
+        choices=SYSTEM_TURNS,
+    )
+    system_column: bool = option(
+        False,
+        "Make the text of the column `system` the system turn of each conversation that has none.",
+        group="Data",
+    )
+    completion_turns: str = option(
+        "all",
+        "Which tokens of an answer of several turns are trained on: all (TRL: the user's turns too), those of the assistant's turns, or "
+        "those of its last turn. Answers of one turn are the same with each.",
+        group="Data",
+        choices=COMPLETION_TURNS,
+    )
+    overlong: str = option(
+        "cut",
+        "Pairs of which prompt and an answer are longer than max_length: cut (TRL) or drop.",
+        group="Data",
+        choices=OVERLONG,
+    )
     drop_rows: list[str] = option(
         ["invalid"],
         "Which faulty rows are left out; an invalid row that is not left out is an error.",
@@ -203,6 +231,12 @@ class DPOConfig(TrainingOptions):
     )
     disable_dropout: bool = option(True, "No dropout, LoRA's included.", group="Loss")
 
+    ref_log_probs_columns: bool = option(
+        False,
+        "Beside precompute_ref_log_probs: take the reference's log-probabilities of the training pairs from the columns ref_chosen_logps "
+        "and ref_rejected_logps (or reference_..) of the data; those of some pairs are computed, to see that they are this reference's.",
+        group="Reference",
+    )
     precompute_ref_log_probs: bool = option(
         False,
         "Compute the reference's log-probabilities of the training pairs before training and do without the reference in the step. They "

@@ -33,6 +33,9 @@ LOSS_TYPES = (
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 PAIR_COLUMNS = ("beta", "margin", "label", "weight")
 DATA_FORMATS = ("auto", "trl", "sharegpt", "repeated_prompt", "transcript")
+SYSTEM_TURNS = ("as_given", "merged")
+COMPLETION_TURNS = ("all", "assistant", "last")
+OVERLONG = ("cut", "drop")
 DROP_REASONS = ("invalid", "empty", "identical", "torn", "duplicate", "small_gap")
 
 # Losses whose scores go through the f-divergence; the others take the plain log-ratios.
@@ -218,6 +221,12 @@ def _best_at_end(
     return None
 
 
+def _ref_columns(columns: bool, precompute: bool, curriculum_by: str) -> str | None:
+    if columns and not precompute and curriculum_by != "reference":
+        return "found true without precompute_ref_log_probs; set that to true as well"
+    return None
+
+
 def _reporters(targets: str | list[str]) -> str | None:
     return "found none beside others" if isinstance(targets, list) and "none" in targets else None
 
@@ -260,6 +269,7 @@ _RULES = (
     ),
     Rule(("precompute_ref_log_probs", "sync_ref_model", "kl_coef", "kl_controller"), kl_rules.precomputed),
     Rule(("kl_actions",), kl_rules.no_repeats),
+    Rule(("ref_log_probs_columns", "precompute_ref_log_probs", "curriculum_by"), _ref_columns),
     Rule(("kl_judged_on", "precompute_ref_log_probs"), kl_rules.judged_on),
     Rule(("kl_patience",), partial(kl_rules.per_action, least=1)),
     Rule(("kl_cooldown",), partial(kl_rules.per_action, least=0)),

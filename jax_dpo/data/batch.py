@@ -63,13 +63,15 @@ class Batch(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """A pair's token ids: prompt and answer of both sides; `shared` if both sides see the same prompt and it is laid out once."""
+    """A pair's token ids: prompt and answer of both sides; `shared` if both sides see the same prompt and it is laid out once; which
+    tokens of each answer are trained on (None: all)."""
 
     chosen_prompt: np.ndarray
     chosen: np.ndarray
     rejected_prompt: np.ndarray
     rejected: np.ndarray
     shared: bool
+    scored: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def tree_tokens(tree: Tree) -> int:
@@ -129,19 +131,22 @@ class _Row:
         self.at = stop
         return start
 
-    def _score(self, ids: np.ndarray, start: int, before: int, side: int) -> slice:
-        """Marks the answer `ids` at `start` as scored; `before` is the place of the token before it, -1 if there is none."""
+    def _score(
+        self, ids: np.ndarray, start: int, before: int, side: int, marked: np.ndarray | None
+    ) -> tuple[slice, np.ndarray]:
+        """Marks the answer `ids` at `start` as scored, or those of its tokens that are `marked`; `before` is the place of the token before
+        it, -1 if there is none. Returns where they lie among the row's scored tokens, and their places in the answer."""
         b, r = self.batch, self.row
         source = np.arange(start - 1, start + len(ids) - 1)
         source[:1] = before
-        target = ids
+        place = np.arange(len(ids)) if marked is None else np.flatnonzero(marked)
         if before < 0:
-            source, target = source[1:], ids[1:]
-        here = slice(self.scored, self.scored + len(target))
-        b.source[r, here], b.target[r, here] = source, target
+            place = place[place > 0]
+        here = slice(self.scored, self.scored + len(place))
+        b.source[r, here], b.target[r, here] = source[place], ids[place]
         b.slot[r, here] = BRANCHES * self.slots + side
-        self.scored += len(target)
-        return here
+        self.scored += len(place)
+        return here, place
 
     def add(self, tree: Tree, placed: Placed, ld_alpha: float | None) -> None:
         """Lays out one pair; with prompts of their own, both sides are trees of one branch and share only the slot."""
@@ -156,10 +161,10 @@ class _Row:
                 start = self._tokens(prompt, 0, 0, 2 if tree.shared else 1)
                 before = start + len(prompt) - 1 if len(prompt) else -1
             start = self._tokens(answer, side + 1, len(prompt))
-            here = self._score(answer, start, before, side)
-            b.length[r, self.slots, side] = len(answer)
+            marked = None if tree.scored is None else tree.scored[side]
+            here, place = self._score(answer, start, before, side, marked)
+            b.length[r, self.slots, side] = len(answer) if marked is None else marked.sum()
             if b.token_weight is not None:
-                place = np.arange(len(answer) - (here.stop - here.start), len(answer))
                 b.token_weight[r, here] = np.where(place < shorter, 1.0, ld_alpha if ld_alpha is not None else 1.0)
             if b.sft_weight is not None and side == 0:
                 b.sft_weight[r, here] = placed.sft_weight

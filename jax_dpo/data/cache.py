@@ -26,7 +26,7 @@ from jax_dpo.data.atomic import PART, replacing
 from jax_dpo.data.tokens import Facts, TokenTable
 
 # Raise it with every change of the rules that make a TokenTable.
-_FORMAT = 4
+_FORMAT = 5
 _MAGIC = b"JAXDPOT1"
 _ALIGN = 64
 _ARRAYS = {
@@ -38,6 +38,7 @@ _ARRAYS = {
     "twin": "int64",
     "gap": "float64",
     "given": "float64",
+    "scored": "uint8",
     "flags": "uint8",
 }
 
@@ -51,7 +52,7 @@ def default_cache_dir() -> Path:
 
 
 def entry_key(
-    rows_fingerprint: str, tokenizer_key: str, columns: Sequence[str] = (), reading: Sequence[str] = ()
+    rows_fingerprint: str, tokenizer_key: str, columns: Sequence[str] = (), reading: Sequence[str | bool] = ()
 ) -> str:
     """The name of the entry for these rows, this tokenizer and the columns that are read of each pair."""
     versions = [_version(name) for name in ("tokenizers", "transformers")]

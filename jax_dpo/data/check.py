@@ -26,6 +26,7 @@ DROP_REASONS = {
 }
 # TRL leaves these out whatever drop_rows says.
 TOO_LONG = "too_long"
+CUT, DROP = OVERLONG = ("cut", "drop")
 _EPSILON = 1e-9  # 0.9 - 0.75 is a hair over 0.15 in floating point, 3.15 - 3.0 a hair under
 
 
@@ -70,6 +71,7 @@ def select_rows(
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
     max_prompt_length: int | None = None,
+    overlong: str = CUT,
 ) -> Selection:
     """Choose the rows of a run.
 
@@ -78,14 +80,17 @@ def select_rows(
     min_gap: `small_gap` is a score of chosen that is not at least this much above that of rejected, where scores are given.
     max_length, truncation_mode, max_prompt_length: under keep_start, rows whose prompt (after max_prompt_length) has
         max_length tokens or more are left out, as in TRL: nothing of an answer would be left of them.
+    overlong: `drop` leaves out all rows of which a sequence (prompt and one answer) is longer than max_length.
 
     Raises `UserError` for an invalid row where `drop_rows` does not hold `invalid`.
     """
     check_drop_rows(drop_rows)
     drops = _invalid_rows(table, files, drop_rows)
-    prompts = whole_lengths(table)[:, 0]
+    lengths = whole_lengths(table)
+    prompts = lengths[:, 0]
     if max_prompt_length is not None:
         prompts = np.minimum(prompts, max_prompt_length)
+    longest = prompts + lengths[:, 1:].max(1)
     limit = max_length if max_length is not None and truncation_mode == "keep_start" else None
     flagged: dict[str, list[int]] = {reason: [] for reason in DROP_REASONS if reason not in drop_rows}
     kept: list[int] = []
@@ -97,6 +102,8 @@ def select_rows(
             issues["duplicate"] = f"prompt, chosen and rejected are those of row {int(table.number[earlier[twin]])}"
         if limit is not None and prompts[k] >= limit:
             issues[TOO_LONG] = f"the prompt has {int(prompts[k])} tokens, max_length is {limit}"
+        elif overlong == DROP and max_length is not None and longest[k] > max_length:
+            issues[TOO_LONG] = f"prompt and answer have {int(longest[k])} tokens, max_length is {max_length}"
         reason = next((r for r in issues if r in drop_rows or r == TOO_LONG), None)
         if reason is not None:
             drops.append((int(table.row[k]), _drop(table, files, k, reason, issues[reason])))

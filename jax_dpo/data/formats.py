@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, overload
 
+from jax_dpo.data import system_turns
 from jax_dpo.errors import UserError
 
 AUTO, TRL, SHAREGPT, REPEATED, TRANSCRIPT = DATA_FORMATS = ("auto", "trl", "sharegpt", "repeated_prompt", "transcript")
 AS_GIVEN, PARSED = TOOL_ARGUMENTS = ("as_given", "parsed")
+_, MERGED = SYSTEM_TURNS = (AS_GIVEN, "merged")
 LOOKED_AT = 64  # rows that decide
 
 CONVERSATIONS = ("conversations", "conversation", "messages")
@@ -92,21 +94,36 @@ class Mapped(Sequence[Any]):
 
     @property
     def said(self) -> list[str]:
-        """A sentence for each change."""
-        return [step.said for step in self.steps]
+        """A sentence for each change that was not told."""
+        return [step.said for step in self.steps if step.said]
 
 
-def read_as(
-    rows: Sequence[Any], data_format: str = AUTO, tool_arguments: str = AS_GIVEN, name: str = "the data"
-) -> Mapped:
-    """The rows in TRL's columns.
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read.
 
     data_format: `auto` makes the changes that the first rows ask for; `trl` makes none; another name makes that one, and `auto`'s.
     tool_arguments: `parsed` turns arguments of tool calls that are JSON text into objects.
+    system_turn: `merged` puts a system turn's text at the head of the user's turn that follows it.
+    system_column: the text of the column `system` becomes the system turn of a conversation that has none.
+    """
+
+    data_format: str = AUTO
+    tool_arguments: str = AS_GIVEN
+    system_turn: str = AS_GIVEN
+    system_column: bool = False
+
+
+PLAIN = Reading()
+
+
+def read_as(rows: Sequence[Any], reading: Reading = PLAIN, name: str = "the data") -> Mapped:
+    """The rows in TRL's columns, changed as `reading` says.
 
     Raises `UserError`: no row of the first ones has the layout that was told.
     """
     chosen: list[Step] = []
+    data_format = reading.data_format
     for step in _STEPS:
         if data_format == TRL:
             break
@@ -127,33 +144,44 @@ def read_as(
             )
         if any(asking):
             chosen.append(step)
-    if tool_arguments == PARSED:
-        chosen.append(Step("tool_arguments", "arguments of tool calls are parsed", lambda row: True, _parse_arguments))
-    return Mapped(rows, chosen)
+    return Mapped(rows, chosen + _told(reading))
+
+
+def _told(reading: Reading) -> list[Step]:
+    """The changes that are made because an option says so, whatever the rows look like."""
+    found = []
+    if reading.tool_arguments == PARSED:
+        found.append(Step("tool_arguments", "", lambda row: True, _parse_arguments))
+    if reading.system_column:
+        used = lambda row: [system_turns.COLUMN]  # noqa: E731
+        found.append(Step("system_column", "", system_turns.in_column, system_turns.from_column, used))
+    if reading.system_turn == MERGED:
+        found.append(Step("system_turn", "", system_turns.has_system, system_turns.merged))
+    return found
 
 
 def columns_to_read(columns: Sequence[str], known: Container[str]) -> list[str]:
-    """Those of a file's columns that are looked at: the `known` ones, and where TRL's three are not all there, those that may stand in."""
+    """Those of a file's columns that are looked at: the `known` ones, `system`, and those that may stand in for TRL's three."""
     whole = {"prompt", "chosen", "rejected"} <= set(columns)
-    return [c for c in columns if c in known or (c in FORMAT_COLUMNS and not whole)]
+    return [c for c in columns if c in known or c == system_turns.COLUMN or (c in FORMAT_COLUMNS and not whole)]
 
 
-def hints(rows: Mapped, data_format: str, tool_arguments: str) -> list[str]:
+def hints(rows: Mapped, reading: Reading) -> list[str]:
     """What may have been meant otherwise, and the option that says so; from the first rows."""
     first = [row for row in islice(_rows(rows), LOOKED_AT) if isinstance(row, dict)]
     found = []
-    if data_format != TRANSCRIPT and any(map(is_transcript, first)):
+    if reading.data_format != TRANSCRIPT and any(map(is_transcript, first)):
         found.append(
             "these are transcripts (Human: .. Assistant: ..), split where chosen and rejected part, as in TRL, which may be in the middle "
             "of a word; data_format: transcript splits after the last Assistant: that both share"
         )
-    if data_format != REPEATED and any(_repeated(row) for row in first):
+    if reading.data_format != REPEATED and any(_repeated(row) for row in first):
         found.append(
             "chosen and rejected begin with the prompt once more, so the model sees it twice, as in TRL; data_format: repeated_prompt "
             "takes it off"
         )
     arguments = next((text for row in first if (text := text_arguments(row)) is not None), None)
-    if tool_arguments == AS_GIVEN and arguments is not None:
+    if reading.tool_arguments == AS_GIVEN and arguments is not None:
         found.append(
             f"the arguments of tool calls are JSON text, which templates write with escaped quotes ({json.dumps(arguments)}); "
             "tool_arguments: parsed makes objects of them"

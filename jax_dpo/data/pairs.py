@@ -25,11 +25,16 @@ SCORE_COLUMNS: tuple[tuple[str, str], ...] = (
 IMAGE_COLUMNS = ("image", "images")
 # What a run may read of each pair, when it is told to, and the numbers that each may hold, in words.
 PAIR_COLUMNS = ("beta", "margin", "label", "weight")
+# The reference's log-probabilities of the answers, which a run may take from the data; the other names are those of TRL before 0.12.
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+REF_ALIASES = dict(zip(REF_COLUMNS, ("reference_chosen_logps", "reference_rejected_logps")))
+NUMBER_COLUMNS = (*PAIR_COLUMNS, *REF_COLUMNS)
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "beta": ("a number above 0", lambda x: x > 0),
     "margin": ("a number", lambda x: True),
     "label": ("a number from 0 to 1", lambda x: 0 <= x <= 1),
     "weight": ("a number of at least 0", lambda x: x >= 0),
+    **dict.fromkeys(REF_COLUMNS, ("a number of at most 0", lambda x: x <= 0)),
 }
 READ_COLUMNS: frozenset[str] = frozenset(
     [
@@ -40,7 +45,8 @@ READ_COLUMNS: frozenset[str] = frozenset(
         "chat_template_kwargs",
         *IMAGE_COLUMNS,
         *(c for p in SCORE_COLUMNS for c in p),
-        *PAIR_COLUMNS,
+        *NUMBER_COLUMNS,
+        *REF_ALIASES.values(),
     ]
 )
 
@@ -64,7 +70,7 @@ class Pair:
 
     `tools` and `template_kwargs` go to the chat template. `gap` is the score of chosen minus that of rejected, NaN where the
     row has no scores. `torn`: the split that found the prompt tore the answers (`torn` below). `given` has what the row says
-    in each of `PAIR_COLUMNS`, NaN where it is not read.
+    in each of `NUMBER_COLUMNS`, NaN where it is not read.
     """
 
     prompt: Side
@@ -74,7 +80,7 @@ class Pair:
     template_kwargs: dict[str, Any]
     gap: float
     torn: bool = False
-    given: tuple[float, ...] = (math.nan,) * len(PAIR_COLUMNS)
+    given: tuple[float, ...] = (math.nan,) * len(NUMBER_COLUMNS)
 
 
 def layout_of(values: Sequence[Any], name: str) -> Layout:
@@ -110,7 +116,7 @@ def read_pair(
 ) -> Pair | str:
     """The pair of a row, or, where the row is invalid, a sentence that says what was found and what was expected.
 
-    columns: those of `PAIR_COLUMNS` that are read; a row without a usable number there is invalid.
+    columns: those of `NUMBER_COLUMNS` that are read; a row without a usable number there is invalid.
     roles: those that a turn may have; None for any.
     """
     if not isinstance(row, dict):
@@ -185,10 +191,11 @@ def is_blank(side: Side) -> bool:
     """True where an answer has nothing of its own: blank text, or only messages with blank content and no tool calls."""
     if isinstance(side, str):
         return not side.strip()
-    return all(not _content_text(message.get("content")).strip() and not message.get("tool_calls") for message in side)
+    return all(not content_text(message.get("content")).strip() and not message.get("tool_calls") for message in side)
 
 
-def _content_text(content: Any) -> str:
+def content_text(content: Any) -> str:
+    """The text of a message's content, which is text or a list of parts."""
     if isinstance(content, list):
         return "".join(str(block.get("text", "")) for block in content if isinstance(block, dict))
     return content if isinstance(content, str) else ""
@@ -270,16 +277,22 @@ def _template_kwargs(value: Any) -> tuple[dict[str, Any], str]:
     return value, ""
 
 
+def name_in(row: Collection[str], column: str) -> str:
+    """The name under which a row has one of `NUMBER_COLUMNS`."""
+    return REF_ALIASES[column] if column in REF_ALIASES and column not in row else column
+
+
 def _given(row: dict[str, Any], columns: Sequence[str]) -> tuple[tuple[float, ...], str]:
-    """The numbers of `columns` in the order of `PAIR_COLUMNS` (NaN for the others), or what is wrong with one of them."""
-    found = dict.fromkeys(PAIR_COLUMNS, math.nan)
+    """The numbers of `columns` in the order of `NUMBER_COLUMNS` (NaN for the others), or what is wrong with one of them."""
+    found = dict.fromkeys(NUMBER_COLUMNS, math.nan)
     for column in columns:
         words, holds = _NUMBERS[column]
-        value = row.get(column)
+        name = name_in(row, column)
+        value = row.get(name)
         found[column] = _number(value)
         if not (math.isfinite(found[column]) and holds(found[column])):
-            kind = "missing" if column not in row else repr(value) if isinstance(value, str) else _kind(value)
-            return (), f"{column} is {kind}, {words} was expected"
+            kind = "missing" if name not in row else repr(value) if isinstance(value, str) else _kind(value)
+            return (), f"{name} is {kind}, {words} was expected"
     return tuple(found.values()), ""
 
 

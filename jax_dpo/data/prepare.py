@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from jax_dpo.data.cache import default_cache_dir, entry_key, entry_path, read_entry, write_entry
-from jax_dpo.data.check import DROP_REASONS, TOO_LONG, Drop, check_drop_rows, name_rows, select_rows
-from jax_dpo.data.formats import AS_GIVEN, AUTO
+from jax_dpo.data.check import CUT, DROP_REASONS, TOO_LONG, Drop, check_drop_rows, name_rows, select_rows
+from jax_dpo.data.formats import AS_GIVEN, AUTO, Reading
 from jax_dpo.data.load import Rows, load_rows
-from jax_dpo.data.pairs import PAIR_COLUMNS
+from jax_dpo.data.pairs import PAIR_COLUMNS, REF_ALIASES, REF_COLUMNS
 from jax_dpo.data.tokenize import tokenize_rows, tokenizer_fingerprint
 from jax_dpo.data.tokens import MOVED, Facts, TokenizedPairs, TokenTable
+from jax_dpo.data.turns import ALL
 from jax_dpo.errors import UserError
 
 
@@ -26,9 +26,11 @@ from jax_dpo.errors import UserError
 class DataOptions:
     """How rows are chosen and cut; the names and defaults are `DPOConfig`'s.
 
-    columns: which of `PAIR_COLUMNS` are read of each pair (`pair_columns`); with `columns_needed` a data set that has not even the column
-        is an error, else its pairs are as if nothing were said of them.
-    data_format, tool_arguments: how the rows of other tools are read (`formats.read_as`).
+    columns: which of `pairs.NUMBER_COLUMNS` are read of each pair; with `columns_needed` a data set that has not even the column is an
+        error, else its pairs are as if nothing were said of them.
+    overlong: `cut` cuts what is longer than max_length, `drop` leaves such pairs out.
+    data_format, tool_arguments, system_turn, system_column: how rows are read (`formats.Reading`).
+    completion_turns: which turns of an answer are trained on (`turns`).
     cache_dir: where tokenized data is kept; None is the default place (`cache.default_cache_dir`).
     use_cache: False tokenizes anew and keeps nothing.
     Raises `UserError` for a value that cannot be.
@@ -37,12 +39,16 @@ class DataOptions:
     max_length: int | None = 1024
     truncation_mode: str = "keep_start"
     max_prompt_length: int | None = None
+    overlong: str = CUT
     drop_rows: tuple[str, ...] = ("invalid",)
     min_gap: float = 0.15
     columns: tuple[str, ...] = ()
     columns_needed: bool = True
     data_format: str = AUTO
     tool_arguments: str = AS_GIVEN
+    system_turn: str = AS_GIVEN
+    system_column: bool = False
+    completion_turns: str = ALL
     cache_dir: str | Path | None = None
     use_cache: bool = True
 
@@ -56,6 +62,10 @@ class DataOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError("max-length", f"{name} is {value}, expected at least 1, or none for no limit.")
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.data_format, self.tool_arguments, self.system_turn, self.system_column)
 
 
 @dataclass(frozen=True)
@@ -164,6 +174,7 @@ def prepare(
         max_length=o.max_length,
         truncation_mode=o.truncation_mode,
         max_prompt_length=o.max_prompt_length,
+        overlong=o.overlong,
     )
     pairs = TokenizedPairs(
         table,
@@ -172,6 +183,9 @@ def prepare(
         truncation_mode=o.truncation_mode,
         max_prompt_length=o.max_prompt_length,
     )
+    if bare := _without_scored(pairs, rows.files):
+        drops = sorted([*drops, *bare.values()], key=lambda d: (rows.files.index(d.file), d.row))
+        pairs = pairs.without(list(bare))
     warnings += _warnings(pairs, drops, flagged, options, rows.name)
     return PreparedData(rows.name, options, pairs, drops, flagged, warnings, from_cache, tuple(rows.files))
 
@@ -185,7 +199,7 @@ def _table(
 ) -> tuple[TokenTable, list[str], bool]:
     """The tokenized rows, what there is to say of the cache, and whether they came from it."""
     o = options
-    reading: Any = {"columns": o.columns, "data_format": o.data_format, "tool_arguments": o.tool_arguments}
+    reading: Any = {"columns": o.columns, "reading": o.reading, "completion_turns": o.completion_turns}
     if not options.use_cache:
         return tokenize_rows(rows, tokenizer_loader(), **reading, progress=progress), [], False
     tokenizer = None
@@ -194,7 +208,7 @@ def _table(
         tokenizer_key = tokenizer_fingerprint(tokenizer)
     directory = Path(options.cache_dir).expanduser() if options.cache_dir is not None else default_cache_dir()
     path = entry_path(
-        directory, entry_key(rows.fingerprint, tokenizer_key, o.columns, (o.data_format, o.tool_arguments))
+        directory, entry_key(rows.fingerprint, tokenizer_key, o.columns, (*astuple(o.reading), o.completion_turns))
     )
     table = read_entry(path)
     if table is not None:
@@ -212,10 +226,28 @@ def _table(
     return read_entry(path) or table, warnings, False
 
 
+def _without_scored(pairs: TokenizedPairs, files: Sequence[str]) -> dict[int, Drop]:
+    """The pairs of which `max_length` leaves no token of a turn that is trained on, by their positions."""
+    if not len(pairs.table.scored):
+        return {}
+    found = {}
+    for i in np.flatnonzero((pairs.scored_lengths() == 0).any(1)).tolist():
+        k = int(pairs.kept[i])
+        said = "max_length leaves nothing of the turns that completion_turns trains on"
+        found[i] = Drop(files[int(pairs.table.file_of[k])], int(pairs.table.number[k]), TOO_LONG, said)
+    return found
+
+
 def _check_columns(facts: Facts, options: DataOptions, name: str) -> None:
     """Raises `UserError` for a column that the run reads and that no row has."""
     if facts.absent_columns and options.columns_needed:
         column = facts.absent_columns[0]
+        if column in REF_COLUMNS:
+            raise UserError(
+                "ref-columns-missing",
+                f"{name} has no column {column!r} (or {REF_ALIASES[column]!r}), which ref_log_probs_columns takes the reference's "
+                "log-probabilities from. Add the columns, or set ref_log_probs_columns to false to have them computed.",
+            )
         raise UserError(
             "pair-column-missing",
             f"{name} has no column {column!r}, which pair_columns names. Add the column, or take {column} out of pair_columns"
@@ -244,11 +276,12 @@ def _warnings(
             f"{name}: {_count(len(numbers))} with {DROP_REASONS[reason]}, used all the same: {name_rows(numbers)}. "
             f"Put `{reason}` into drop_rows to leave them out."
         )
-    long = sum(drop.reason == TOO_LONG for drop in drops)
+    long = [drop for drop in drops if drop.reason == TOO_LONG]
     if long:
+        more = "" if options.overlong == CUT else ", or set overlong to cut"
         found.append(
-            f"{name}: {_count(long)} left out because the prompt alone fills max_length {options.max_length}. "
-            "Raise max_length, or set max_prompt_length to cut prompts from the left."
+            f"{name}: {_count(len(long))} left out as too long: {name_rows([d.row for d in long])}. Row {long[0].row}: {long[0].detail}. "
+            f"Raise max_length, or set max_prompt_length to cut prompts from the left{more}."
         )
     if options.max_prompt_length is not None and pairs.prompt_cut.any():
         found.append(
@@ -273,11 +306,11 @@ def _warnings(
         )
     if table.facts.unread_columns:
         found.append(f"{name}: columns that are not read: {', '.join(table.facts.unread_columns)}.")
-    of_reference = [c for c in table.facts.unread_columns if re.fullmatch(r"ref(erence)?_(chosen|rejected)_logps", c)]
+    of_reference = [c for c in table.facts.unread_columns if c in (*REF_COLUMNS, *REF_ALIASES.values())]
     if of_reference:
         found.append(
             f"{name}: {' and '.join(of_reference)} came with the data, but whose log-probabilities they are is not known: "
-            "precompute_ref_log_probs computes those of this run's reference (TRL does so, too)."
+            "precompute_ref_log_probs computes those of this run's reference (TRL does so, too); with ref_log_probs_columns it takes these."
         )
     return found
 

@@ -4,14 +4,14 @@ with rows left out and lengths cut as a run asks)."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from jax_dpo.data.batch import Tree
-from jax_dpo.data.pairs import PAIR_COLUMNS
+from jax_dpo.data.pairs import NUMBER_COLUMNS
 
 EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, MOVED, TORN = 1, 2, 4, 8, 16
 
@@ -46,7 +46,8 @@ class TokenTable:
     row: int64 [N], index in the source; number: int64 [N], the number people find it by; file_of: int32 [N]
     twin: int64 [N], the first row of this table with the same texts (its own place where it is the first)
     gap: float64 [N], score of chosen minus score of rejected, NaN without scores
-    given: float64 [N,4], what the columns of `pairs.PAIR_COLUMNS` say, NaN where they are not read
+    given: float64 [N,6], what the columns of `pairs.NUMBER_COLUMNS` say, NaN where they are not read
+    scored: uint8 [total tokens], 1 where a token of an answer is trained on (`turns`); [0] where all of them are
     flags: uint8 [N], bits EMPTY_CHOSEN, EMPTY_REJECTED, IDENTICAL, MOVED (the boundary is left of the prompt's end), TORN
         (`pairs.torn`)
     """
@@ -59,6 +60,7 @@ class TokenTable:
     twin: np.ndarray
     gap: np.ndarray
     given: np.ndarray
+    scored: np.ndarray
     flags: np.ndarray
     facts: Facts
 
@@ -85,6 +87,11 @@ class TokenizedPairs:
         max_prompt_length: int | None = None,
     ) -> None:
         self.table = table
+        self._cuts: Any = {
+            "max_length": max_length,
+            "truncation_mode": truncation_mode,
+            "max_prompt_length": max_prompt_length,
+        }
         self.kept = np.asarray(kept, np.int64)
         self._whole = whole_lengths(table)[self.kept]
         prompt, answers = self._whole[:, :1], self._whole[:, 1:]
@@ -106,6 +113,24 @@ class TokenizedPairs:
             raise ValueError(f"truncation_mode is {truncation_mode!r}, expected 'keep_start' or 'keep_end'")
         self._prompts = prompt - from_prompt
         self._answers = answers - from_answer
+        self._scored = (
+            self._answers - ((self._prompts == 0) & (self._answers > 0)) if not len(table.scored) else self._marked()
+        )
+
+    def _marked(self) -> np.ndarray:
+        """int64 [N,2]: tokens of each answer that are left, marked in the table, and predicted by some token before them."""
+        counted = np.concatenate([[0], np.cumsum(self.table.scored, dtype=np.int64)])
+        begin, end = (self.table.bounds[3 * self.kept[:, None] + np.array(piece)] for piece in ([1, 2], [2, 3]))
+        if self._keep_start:
+            end = begin + self._answers
+        else:
+            begin = end - self._answers
+        begin = begin + ((self._prompts == 0) & (self._answers > 0))
+        return np.asarray(counted[end] - counted[begin])
+
+    def without(self, positions: Sequence[int]) -> TokenizedPairs:
+        """The pairs but for those at these positions."""
+        return TokenizedPairs(self.table, np.delete(self.kept, np.asarray(positions, np.int64)), **self._cuts)
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -121,8 +146,8 @@ class TokenizedPairs:
         return self.table.gap[self.kept]
 
     def given(self, column: str) -> np.ndarray | None:
-        """float32 [N]: the numbers of one of `PAIR_COLUMNS`; None where they were not read, or the data have none."""
-        values = self.table.given[self.kept, PAIR_COLUMNS.index(column)]
+        """float32 [N]: the numbers of one of `NUMBER_COLUMNS`; None where they were not read, or the data have none."""
+        values = self.table.given[self.kept, NUMBER_COLUMNS.index(column)]
         return None if np.isnan(values).all() else values.astype(np.float32)
 
     @property
@@ -159,8 +184,9 @@ class TokenizedPairs:
         return total - np.where(self.shared & share_prompt, self._prompts[:, 0], 0).astype(np.int32)
 
     def scored_lengths(self) -> np.ndarray:
-        """int32 [N,2]: answer tokens that some token before them predicts: all but the first where the prompt is empty."""
-        return (self._answers - ((self._prompts == 0) & (self._answers > 0))).astype(np.int32)
+        """int32 [N,2]: answer tokens that are trained on and that some token before them predicts: not the first where the prompt is
+        empty."""
+        return self._scored.astype(np.int32)
 
     def sequence_lengths(self) -> np.ndarray:
         """int32 [N,2]: tokens of prompt and answer together, as TRL's rows have them."""
@@ -171,7 +197,7 @@ class TokenizedPairs:
 
         Raises `ValueError` where the two sides see different prompts; `tree` gives those.
         """
-        prompt, chosen, other, rejected, shared = self.tree(i)
+        prompt, chosen, other, rejected, shared, _ = self.tree(i)
         if not shared:
             raise ValueError(f"pair {i} has two prompts of {len(prompt)} and {len(other)} tokens: use tree()")
         return prompt, chosen, rejected
@@ -181,23 +207,36 @@ class TokenizedPairs:
         prompt, *answers = self.prepared(i)
         (p, q), lengths = self._prompts[i].tolist(), self._answers[i].tolist()
         if self._keep_start:
-            chosen, rejected = (answer[:n] for answer, n in zip(answers, lengths))
-            return Tree(prompt[:p], chosen, prompt[:q], rejected, p == q)
-        chosen, rejected = (answer[len(answer) - n :] for answer, n in zip(answers, lengths))
-        return Tree(prompt[len(prompt) - p :], chosen, prompt[len(prompt) - q :], rejected, p == q)
+            left = [slice(n) for n in lengths]
+            prompts = prompt[:p], prompt[:q]
+        else:
+            left = [slice(len(answer) - n, None) for answer, n in zip(answers, lengths)]
+            prompts = prompt[len(prompt) - p :], prompt[len(prompt) - q :]
+        chosen, rejected = (answer[part] for answer, part in zip(answers, left))
+        tree = Tree(prompts[0], chosen, prompts[1], rejected, p == q)
+        if not len(self.table.scored):
+            return tree
+        _, b, c, d = self._bounds(i)
+        marks = (self.table.scored[x:y][part].astype(bool) for x, y, part in zip((b, c), (c, d), left))
+        return tree._replace(scored=(next(marks), next(marks)))
 
     def prepared(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(prompt, chosen, rejected) ids of pair `i` before `max_length`: TRL's prompt_ids, chosen_ids, rejected_ids."""
-        ids, k = self.table.ids, int(self.kept[i])
-        a, b, c, d = (int(x) for x in self.table.bounds[3 * k : 3 * k + 4])
+        ids = self.table.ids
+        _, b, c, d = self._bounds(i)
         return ids[b - int(self._prompt[i]) : b], ids[b:c], ids[c:d]
+
+    def _bounds(self, i: int) -> list[int]:
+        """Where prompt, chosen and rejected of pair `i` begin in the table's ids, and where the last ends."""
+        k = int(self.kept[i])
+        return [int(x) for x in self.table.bounds[3 * k : 3 * k + 4]]
 
     def content_hash(self) -> str:
         """A hash of the token ids of all pairs after truncation, in order."""
         t = self.table
         which_end = self._keep_start if self.cut.any() else None
         found = hashlib.blake2b(f"{len(self)} {which_end}".encode(), digest_size=20)
-        for part in (t.ids, t.bounds, self.kept, self._prompt, self.branch_lengths()):
+        for part in (t.ids, t.bounds, self.kept, self._prompt, self.branch_lengths(), t.scored):
             found.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
         return found.hexdigest()
 

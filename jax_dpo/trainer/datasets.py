@@ -16,6 +16,7 @@ from jax_dpo.config.places import token_cache
 from jax_dpo.data.batch import FIELD_OF, Tree
 from jax_dpo.data.load import Rows, Stream, stream_rows
 from jax_dpo.data.pack import Sizes
+from jax_dpo.data.pairs import REF_COLUMNS
 from jax_dpo.data.prepare import DataOptions, PreparedData, prepare
 from jax_dpo.data.tokenize import tokenizer_fingerprint
 from jax_dpo.data.tokens import TokenizedPairs
@@ -116,7 +117,7 @@ class PairSet:
 
     def columns(self, beta: float) -> dict[str, np.ndarray]:
         """{field of `Batch`: float32 [N]} of the columns that are read and there; a pair's beta as a multiple of `beta`."""
-        read = {column: self.pairs.given(column) for column in self.data.options.columns}
+        read = {column: self.pairs.given(column) for column in self.data.options.columns if column in FIELD_OF}
         found = {FIELD_OF[column]: values for column, values in read.items() if values is not None}
         return {field: x / np.float32(beta) if field == "beta" else x for field, x in found.items()}
 
@@ -184,9 +185,13 @@ def data_options(config: DPOConfig, *, held_out: bool = False) -> DataOptions:
         max_prompt_length=config.max_prompt_length,
         data_format=config.data_format,
         tool_arguments=config.tool_arguments,
+        system_turn=config.system_turn,
+        system_column=config.system_column,
+        completion_turns=config.completion_turns,
+        overlong=config.overlong,
         drop_rows=tuple(config.drop_rows),
         min_gap=config.min_score_gap,
-        columns=tuple(config.pair_columns),
+        columns=(*config.pair_columns, *(REF_COLUMNS if config.ref_log_probs_columns and not held_out else ())),
         columns_needed=not held_out,
         cache_dir=token_cache(config.dataset_cache_dir),
     )

@@ -20,6 +20,7 @@ import numpy as np
 from jax_dpo.config.places import reference_cache
 from jax_dpo.data.batch import Batch
 from jax_dpo.data.loader import Feed, evaluation_batches
+from jax_dpo.data.pairs import REF_COLUMNS
 from jax_dpo.data.ref_logps import RefLogps
 from jax_dpo.errors import Stopped, UserError
 from jax_dpo.report.terminal import Display
@@ -27,12 +28,16 @@ from jax_dpo.sharding.multihost import array_from_primary, is_primary
 from jax_dpo.sharding.place import batch_to_devices
 from jax_dpo.train.agree import raise_together
 from jax_dpo.train.step import make_reference_pass
+from jax_dpo.train.trust_region import spread_over
 from jax_dpo.trainer.datasets import PairSet, Some
 from jax_dpo.trainer.engine import Engine
 from jax_dpo.trainer.models import Pairing, reference_frozen
 
 # Raise it with every change of what the numbers mean.
 _FORMAT = 1
+# Columns of the data: how many pairs are computed, and how far a number may be off. Another kernel and bfloat16 leave some tenths of a
+# percent of a sum; another model is off by much more.
+CHECKED_PAIRS, CHECK_ABSOLUTE, CHECK_RELATIVE = 16, 0.1, 0.02
 # Pairs that are computed between two writes: at least so many, and so that a data set has at most so many files.
 LEAST_PAIRS, MOST_FILES = 256, 256
 
@@ -107,6 +112,8 @@ def precompute(engine: Engine, data: PairSet, *, display: Display, asked: Callab
         run = make_reference_pass(engine.facts, engine.mesh)
         return feed, lambda made: run(frozen, made)
 
+    if c.ref_log_probs_columns:
+        return Precomputed(_of_columns(engine, data, begin), len(data), [])
     made = two_sides(
         engine,
         data,
@@ -119,6 +126,31 @@ def precompute(engine: Engine, data: PairSet, *, display: Display, asked: Callab
     )
     _check_finite(made.values, data)
     return made
+
+
+def _of_columns(
+    engine: Engine, data: PairSet, begin: Callable[[], tuple[Feed, Callable[[Batch], tuple[Any, Any]]]]
+) -> np.ndarray:
+    """What the data say of each pair, [N, 2], after those of some pairs, short and long ones, were computed.
+
+    Raises:
+      UserError: they are other numbers; names the first row.
+    """
+    sides = [data.pairs.given(column) for column in REF_COLUMNS]
+    told = np.stack([x for x in sides if x is not None], axis=1)
+    some = spread_over(data.trl_tokens, CHECKED_PAIRS)
+    computed = _range(engine, Some(data, some), *begin())
+    off = np.abs(told[some] - computed) > CHECK_ABSOLUTE + CHECK_RELATIVE * np.abs(computed)
+    if off.any():
+        i = int(np.flatnonzero(off.any(1))[0])
+        pair = lambda x: " and ".join(f"{float(v):.6g}" for v in x)  # noqa: E731
+        raise UserError(
+            "ref-columns-other",
+            f"{data.data.row_names([int(some[i])])}: {' and '.join(REF_COLUMNS)} are {pair(told[some[i]])}, and the reference of this run "
+            f"gives {pair(computed[i])} ({int(off.any(1).sum())} of {len(some)} pairs that were looked at differ). They are those of "
+            "another model, other tokens or another max_length. Set ref_log_probs_columns to false to have them computed.",
+        )
+    return told
 
 
 class Kept(NamedTuple):

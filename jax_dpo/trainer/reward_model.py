@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jax_dpo.config import DPOConfig
 from jax_dpo.config.places import reward_cache, token_cache
 from jax_dpo.data.batch import Batch
 from jax_dpo.data.check import name_rows
-from jax_dpo.data.formats import TRL, read_as
+from jax_dpo.data.formats import TRL, Reading, read_as
 from jax_dpo.data.load import Loaded, Rows, digest
 from jax_dpo.data.loader import Feed
 from jax_dpo.data.pairs import Pair, layout_of, read_pair
@@ -34,7 +34,7 @@ from jax_dpo.sharding.multihost import array_from_primary, is_primary
 from jax_dpo.sharding.rules import check_heads
 from jax_dpo.train.agree import raise_together
 from jax_dpo.train.reward import make_reward_pass
-from jax_dpo.trainer.datasets import PairSet, Tokenizer
+from jax_dpo.trainer.datasets import PairSet, Tokenizer, data_options
 from jax_dpo.trainer.engine import Engine
 from jax_dpo.trainer.models import place
 from jax_dpo.trainer.precompute import Kept, Precomputed, two_sides, weights_digest
@@ -131,7 +131,7 @@ def _called(
 
 def _pairs(rows: Rows, config: DPOConfig) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """The pairs as the training reads them, some at a time: (place of the first, prompt, chosen and rejected of each)."""
-    values = read_as(rows.rows, config.data_format, config.tool_arguments, rows.name)
+    values = read_as(rows.rows, data_options(config).reading, rows.name)
     layout = layout_of(values, rows.name)
     for start in range(0, len(values), ROWS_A_CALL):
         read = [read_pair(values[i], layout) for i in range(start, min(start + ROWS_A_CALL, len(values)))]
@@ -231,9 +231,9 @@ def _read(
 ) -> tuple[PairSet, list[str]]:
     """The same pairs in the tokens of the reward model, uncut, and what the user should know of them."""
     facts, path, notes = data.pairs.table.facts, model.files.path, []
-    data_format = config.data_format
+    reading = data_options(config).reading
     if not facts.chat and facts.explicit and getattr(tokenizer.loaded, "chat_template", None):
-        rows, data_format = _as_turns(rows, config), TRL
+        rows, reading = _as_turns(rows, config), Reading(TRL)
         notes.append(
             f"The reward model {path} has a chat template, so it was given each prompt as a user's turn and each answer as an assistant's."
         )
@@ -243,8 +243,7 @@ def _read(
         tokenizer_key=tokenizer.fingerprint,
         options=DataOptions(
             max_length=None,
-            data_format=data_format,
-            tool_arguments=config.tool_arguments,
+            **asdict(reading),
             cache_dir=token_cache(config.dataset_cache_dir),
         ),
         progress=lambda done, total: display.busy(f"tokenizing {done:,} of {total:,} for the reward model"),
@@ -270,7 +269,7 @@ def _as_turns(rows: Rows, config: DPOConfig) -> Rows:
     """Plain prompts and answers as the turns of a chat."""
 
     def load() -> Loaded:
-        values = read_as(rows.rows, config.data_format, config.tool_arguments, rows.name)
+        values = read_as(rows.rows, data_options(config).reading, rows.name)
         turned = [
             {
                 **row,
@@ -281,5 +280,5 @@ def _as_turns(rows: Rows, config: DPOConfig) -> Rows:
         ]
         return rows.loaded._replace(values=turned)
 
-    how = f"turns {config.data_format} {config.tool_arguments}"
+    how = f"turns {data_options(config).reading}"
     return Rows(rows.name, rows.files, digest(rows.fingerprint.encode(), how.encode()), load)

@@ -6,6 +6,7 @@ Other inputs of each kind that were tried are in tests/data/test_formats.py.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,9 @@ def test_wrong_roles(start: Path, inputs: Path) -> None:
     said = check(start, "wrong-roles.jsonl").out
     assert "row 1: invalid: rejected[0].role is 'user': an answer must end in a turn of 'assistant'" in said
     assert "columns that are not read: system" in said
+    put = ids(start, "wrong-roles.jsonl", system_column=True)
+    with_system = [row for row in put if "<|im_start|>system" in decoded(start, row)[0]]
+    assert len(put) == 3 and len(with_system) >= 1
 
 
 def test_nothing_left(start: Path, inputs: Path, tmp_path: Path) -> None:
@@ -183,6 +187,8 @@ def test_no_system_turn(start_of: Callable[..., Path], inputs: Path) -> None:
     said = check(model, "no-system-turn.jsonl", "--drop_rows", "invalid", "identical").out
     assert "row 3: invalid: the chat template refuses the conversation" in said and "system" in said
     assert "row 4: identical" in said
+    assert "system_turn: merged puts the system turn's text into the user's turn" in said
+    assert lengths(model, "no-system-turn.jsonl", system_turn="merged")[2] == (40, 10, 8)
 
 
 @pytest.mark.slow
@@ -192,6 +198,7 @@ def test_no_pad_token(start_of: Callable[..., Path], inputs: Path) -> None:
     rows = ids(model, "pairs3.jsonl")
     assert [tuple(map(len, row)) for row in rows] == [(14, 5, 5), (12, 5, 3), (14, 5, 5)]
     assert rows[0][1] == [351, 83, 69, 1, 1]
+    assert "answers end in two" in check(model, "pairs3.jsonl").out
     options = ["--model_name_or_path", model, "--dataset_name", "pairs3.jsonl", "--per_device_train_batch_size", 1]
     ended = tiny.jax_dpo("train", *options, "--max_steps", 1, "--bf16", "false", "--output_dir", "out")
     assert ended.code in (0, 3), ended.err
@@ -217,5 +224,21 @@ def test_reference_columns(start: Path, inputs: Path) -> None:
         (step,) = tiny.records(out, "train")
         assert step["loss"] == pytest.approx(0.693147, rel=5e-5)
         assert step["grad_norm"] == pytest.approx(2.01934, rel=5e-5)
+        given = options
     said = check(start, "reference-columns.jsonl").out
     assert "ref_chosen_logps" in said and "ref_rejected_logps" in said
+    # With the option that uses them: other numbers are refused, missing ones named, the reference's own taken.
+    given += ["--precompute_ref_log_probs", "true", "--ref_log_probs_columns", "true"]
+    for file in ("reference-columns.jsonl", "reference-columns-old.jsonl"):
+        ended = tiny.jax_dpo("train", *given, "--dataset_name", file, "--output_dir", "other")
+        assert ended.code == 2 and f"{file}, row 1" in ended.err and "-3.25 and -2.5" in ended.err
+        assert "-23.1811 and -21.396" in ended.err
+        shutil.rmtree("other", ignore_errors=True)
+    said = check(
+        start, "reference-columns.jsonl", "--precompute_ref_log_probs", "true", "--ref_log_probs_columns", "true"
+    ).out
+    assert "row 2: invalid: ref_rejected_logps is" in said and "row 3: invalid: ref_chosen_logps is null" in said
+    ended = tiny.jax_dpo("train", *given, "--dataset_name", "reference-columns-true.jsonl", "--output_dir", "true")
+    assert ended.code in (0, 3), ended.err
+    (step,) = tiny.records(Path("true"), "train")
+    assert step["loss"] == pytest.approx(0.693147, rel=5e-5) and step["grad_norm"] == pytest.approx(2.01934, rel=5e-5)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from jax_dpo.data.formats import columns_to_read, is_transcript, read_as
+from jax_dpo.data.formats import Reading, columns_to_read, is_transcript, read_as
 from jax_dpo.data.load import load_rows
 from jax_dpo.data.pairs import READ_COLUMNS
 from jax_dpo.data.prepare import DataOptions, PreparedData, prepare
@@ -130,7 +130,7 @@ def test_transcripts() -> None:
     assert ids([row], data_format="transcript") == ids([want])
     # Without a shared turn of the assistant there is nothing to split at: TRL's split stays.
     other = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: x\n\nAssistant: b"}
-    assert read_as([row, other], "transcript")[1] == other
+    assert read_as([row, other], Reading("transcript"))[1] == other
 
 
 def test_a_layout_that_is_told_must_be_there() -> None:
