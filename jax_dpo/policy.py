@@ -15,6 +15,7 @@ from jax_dpo.errors import UserError
 from jax_dpo.models.config import ModelConfig
 from jax_dpo.models.lora import LoraConfig
 from jax_dpo.weights.export import write_model
+from jax_dpo.weights.hub import name_of
 from jax_dpo.weights.leaves import InMemory, Leaf
 from jax_dpo.weights.objects import is_model_object, object_adapter, open_object
 from jax_dpo.weights.peft import Adapter, adapter_base, new_adapter, read_adapter, write_adapter
@@ -194,7 +195,7 @@ def save_model(
                 out,
                 model=model.config,
                 arrays=adapter,
-                base=str(model.files.path),
+                base=name_of(model.files.path),
                 config=model.lora_config,
                 tokenizer_files=files,
                 replace=replace,

@@ -17,6 +17,7 @@ from jax_dpo.report.card import model_card
 from jax_dpo.report.records import Record
 from jax_dpo.sharding.place import fetch
 from jax_dpo.trainer.datasets import PairSet
+from jax_dpo.weights.hub import name_of
 from jax_dpo.weights.peft import read_adapter
 
 # What a run writes; --overwrite_output_dir removes this and nothing else.
@@ -116,7 +117,7 @@ def export(
     whole = fetch(arrays) if process_count() > 1 else arrays
     save_model(policy, out, dtype, merge=merge, arrays=whole, tokenizer_files=tokenizer_files, replace=replace)
     if records:
-        (out / "README.md").write_text(model_card(records, str(policy.files.path), step=step), encoding="utf-8")
+        (out / "README.md").write_text(model_card(records, name_of(policy.files.path), step=step), encoding="utf-8")
 
 
 def hf_trainer_state(

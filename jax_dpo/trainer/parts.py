@@ -370,7 +370,7 @@ def start_record(run: Run) -> Record:
     warnings = [
         *config.warnings(adapter=policy.config.lora is not None, data_parallel=row_shards(mesh)),
         *plan_warnings(plan, config),
-        *served_warnings(policy.config.lora, config),
+        *served_warnings(policy.config.lora, policy.lora_config, config),
         *run.notes,
         *(w for s in sets.values() for w in s.data.warnings),
     ]

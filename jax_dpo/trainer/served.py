@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import math
+
 from jax_dpo.config import DPOConfig
-from jax_dpo.models.lora import LoraSpec
+from jax_dpo.models.lora import LoraConfig, LoraSpec
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""what vLLM's --max-lora-rank can be (vllm/config/lora.py)"""
 
 
-def served_warnings(lora: LoraSpec | None, config: DPOConfig) -> list[str]:
-    """Sentences on an adapter that a server refuses.
+def served_warnings(lora: LoraSpec | None, asked: LoraConfig | None, config: DPOConfig) -> list[str]:
+    """Sentences on an adapter that vLLM refuses, or would serve as another one; `asked` is the configuration that `lora` came from.
 
-    vLLM's rules are those of `PEFTHelper` (vllm/lora/peft_helper.py): no modules_to_save, no DoRA.
+    Its rules, with their source, are in docs/serving.md: no modules_to_save, no DoRA, one rank and one alpha for all layers.
     """
     if lora is None:
         return []
-    found = ["modules_to_save"] * bool(lora.saved) + ["DoRA"] * lora.use_dora
-    if not found:
-        return []
     final = f"{config.output_dir}/final"
-    return [
-        f"vLLM does not load adapters with {' or '.join(found)}; a merged directory it does: jax-dpo convert {final} "
-        f"{config.output_dir}/merged after the run"
-    ]
+    way_out = f"a merged directory it does: jax-dpo convert {final} {config.output_dir}/merged after the run"
+    found = ["modules_to_save"] * bool(lora.saved) + ["DoRA"] * lora.use_dora
+    if max(target.rank for target in lora.targets) > RANKS[-1]:
+        found.append(f"a rank above {RANKS[-1]}")
+    if found:
+        return [f"vLLM does not load adapters with {' or '.join(found)}; {way_out}"]
+    if asked is not None and _own_scales(lora, asked):
+        return [
+            "vLLM does not read rank_pattern and alpha_pattern: it would serve every layer of this adapter at the scale of lora_alpha and "
+            f"r, another model than the one trained, without a word; as it was trained {way_out}"
+        ]
+    return []
+
+
+def _own_scales(lora: LoraSpec, asked: LoraConfig) -> bool:
+    """Whether any layer has another scale than the one that follows from `r` and `lora_alpha`."""
+    usual = asked.lora_alpha / (math.sqrt(asked.r) if asked.use_rslora else asked.r)
+    used = (scale for t in lora.targets for rank, scale in zip(t.ranks, t.scales) if rank)
+    return any(not math.isclose(scale, usual) for scale in used)

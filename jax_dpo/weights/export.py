@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_dpo.errors import UserError
 from jax_dpo.models.config import Rope, layers_of, parameter_shapes
-from jax_dpo.models.families import model_config
+from jax_dpo.models.families import FAMILIES, model_config
 from jax_dpo.weights.huggingface import ADAPTER_FILES, INDEX, SINGLE
 from jax_dpo.weights.leaves import DTYPES, part_of
 from jax_dpo.weights.names import is_stacked, tensors_of
@@ -69,9 +69,12 @@ def exported_config(hf_config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The config as it came, but for the keys that readers of transformers 4 and 5 know under different names.
 
     `dtype` and `torch_dtype` are those of the weights; the rotary embedding is in `rope_parameters` (5) and in `rope_theta`
-    and `rope_scaling` (4): a reader that knows one form only would silently take its default base.
+    and `rope_scaling` (4): a reader that knows one form only would silently take its default base. `architectures`, by which
+    vLLM finds the model's class, is there where the input had none.
     """
     config = dict(hf_config)
+    if not config.get("architectures"):
+        config["architectures"] = [FAMILIES[config["model_type"]][1]]
     config["dtype"] = config["torch_dtype"] = dtype
     rope = model_config(config).layer_ropes[0]
     parameters, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}

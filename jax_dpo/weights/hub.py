@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from jax_dpo.errors import UserError
@@ -11,6 +12,12 @@ from jax_dpo.errors import UserError
 # names of the model's makers.
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _UNWANTED = ["consolidated*", "original/*", "onnx/*"]
+
+
+def name_of(path: Path) -> str:
+    """What others know a model by: the Hub's name for a snapshot in its cache, which is on this machine alone, else the path."""
+    inside = re.search(r"(?:^|/)models--([^/]+)/snapshots/[^/]+$", path.as_posix())
+    return inside[1].replace("--", "/", 1) if inside else str(path)
 
 
 def snapshot(name: str, revision: str | None) -> Path:

@@ -12,7 +12,8 @@ import pytest
 from cases import edit
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS / "run"))  # the runner of the command line, tiny.py
+# The runner of the command line, tiny.py, and the rules of vLLM's loader, served_rules.py.
+sys.path[:0] = [str(TESTS / "run"), str(TESTS / "weights")]
 
 INPUTS = TESTS / "cases" / "inputs"
 # Ids of (BOS, EOS, pad) of the tokenizers, where they are not those of the model.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 from cases import TESTS, edit, log_probability
+from served_rules import served_model
 from transformers import AutoTokenizer
 
 pytestmark = [pytest.mark.usefixtures("inputs"), pytest.mark.slow]
@@ -39,6 +40,8 @@ def one_step(model: Path, **more: Any) -> Path:
     options |= {"per_device_train_batch_size": 2, "learning_rate": 1e-6, **more}
     ended = tiny.jax_dpo("train", *tiny.flags(options), "--output_dir", "out")
     assert ended.code in (0, 3), ended.err
+    if not options.get("use_peft"):
+        assert served_model(Path("out/final")).tensors.keys() == served_model(Path("out/best")).tensors.keys()
     return Path("out/final")
 
 

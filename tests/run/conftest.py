@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import chat_rows, make_model, scored_rows, text_rows, write_rows
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights"))  # the rules of vLLM's loader, served_rules.py
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from datasets import Dataset
 from safetensors.numpy import load_file
+from served_rules import served_adapter, served_model, with_adapter
 from transformers import AutoTokenizer
 
 from jax_dpo import DPOConfig, DPOTrainer, LoraConfig, load_model, save_model
@@ -133,6 +134,11 @@ def test_lora_trains_an_adapter_over_a_base_without_a_copy(
     ended = tiny.jax_dpo("convert", out / "final", tmp_path / "converted")
     assert ended.code == 0, ended.err
     assert tiny.snapshot(tmp_path / "converted") == tiny.snapshot(tmp_path / "merged")
+    # And as vLLM reads all three.
+    base = served_model(model)
+    want = with_adapter(base.tensors, served_adapter(out / "final", base))
+    for name, tensor in served_model(tmp_path / "converted").tensors.items():
+        np.testing.assert_allclose(tensor, want[name], atol=1e-6)
 
 
 def test_dropout_acts_only_where_it_is_asked_for(usual: dict[str, Any], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from served_rules import served_model
 
 
 def test_a_second_run_is_refused_with_both_ways_out(usual: dict[str, Any], tmp_path: Path) -> None:
@@ -125,6 +126,8 @@ def test_best_and_final_are_the_models_of_their_steps(
             eval_dataset=str(data / "eval.jsonl"),
         )
         assert trainer.evaluate()["eval_loss"] == pytest.approx(logged[step], rel=1e-6)
+        served = served_model(out / folder)  # as vLLM reads it
+        assert all(np.array_equal(served.tensors[name], x) for name, x in tiny.tensors(out / folder).items())
 
 
 def test_metric_for_best_model_ranks(evaluated: dict[str, Any], tmp_path: Path) -> None:
