@@ -3,36 +3,38 @@
     make demo                                   # once: makes the model and the pairs
     .venv/bin/python scripts/kl_study.py        # about three hours on 2 cores; begun again, it goes on where it was
 
-Each run is a `jax-dpo train` of its own in outputs/kl_study; of what it writes, run.jsonl and verdict.json are kept. `--page` writes
-docs/kl-study.md and docs/kl-study.svg out of the runs that are there.
+Each run is a `jax-dpo train` of its own in outputs/kl_study; of what it writes, run.jsonl and verdict.json are kept. What it came to is a
+line of docs/kl-study.jsonl, and a run that has one is done. `--page` writes docs/kl-study.md and its pictures out of these lines.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.kl_study_page import ended, picture, table
+from scripts.demo.judge import load_judge
+from scripts.kl_study_page import Ended, Point, ended, picture, reward_picture, table
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "kl_study"
+RESULTS = ROOT / "docs" / "kl-study.jsonl"
+WHEEL = ROOT / "demo" / "downloads" / "vaderSentiment-3.3.2-py2.py3-none-any.whl"
 CONFIG = "configs/demo.yaml"
 KEPT = ("run.jsonl", "verdict.json")
 
 LOWEST, FACTOR = 5e-6, 30.0  # the rate that just reaches the bound, and how far above it the highest is
 RATES = tuple(float(f"{LOWEST * FACTOR ** (i / 4):.2g}") for i in range(5))
-BETA, OTHER_BETA = 0.1, 0.3
+BETA, OTHER_BETAS = 0.1, (0.3, 0.03)
 SEEDS = (42, 1, 2)
 
 COMMON: dict[str, Any] = {
@@ -81,6 +83,17 @@ the bound, *highest* that of all that were not rolled back; accuracies have thei
 """
 
 
+REWARD = """
+## Reward against KL
+
+As in the DPO paper (Rafailov et al. 2023, figure 2): at each evaluation the policy answers 64 held-out prompts (temperature 1, up to 40
+tokens), VADER, which never saw the training, scores the answers, and the exact KL along them is measured. The pairs prefer criticism, so
+the reward is minus VADER's compound score (-1 to 1).
+
+![Reward of sampled answers over the KL along them](kl-study-reward.svg)
+"""
+
+
 @dataclass(frozen=True)
 class Run:
     """One training: a control at a rate, a beta and a seed."""
@@ -109,15 +122,25 @@ def all_runs() -> list[Run]:
     """In the order of what they say most about."""
     every = [Run(control, rate, options=options) for control, options in CONTROLS.items() for rate in RATES]
     every += [Run(control, RATES[2], options=options) for control, options in PENALTIES.items()]
-    claims = [c for c in CONTROLS if c != "actions"]
-    again = itertools.product(claims, (RATES[0], RATES[2], RATES[4]))
-    every += [Run(c, rate, OTHER_BETA, options=CONTROLS[c]) for c, rate in again]
-    seeds = itertools.product(claims, (RATES[0], RATES[4]), SEEDS[1:])
-    return every + [Run(c, rate, seed=seed, options=CONTROLS[c]) for c, rate, seed in seeds]
+    claims = (("off", RATES[0]), ("trust_region", RATES[4]))  # the best without control, and the hardest with it
+    every += [Run(c, rate, seed=seed, options=CONTROLS[c]) for seed in SEEDS[1:] for c, rate in claims]
+    betas = (("off", OTHER_BETAS[0]), ("off", OTHER_BETAS[1]), ("trust_region", OTHER_BETAS[0]))
+    return every + [Run(c, RATES[2], beta, options=CONTROLS[c]) for c, beta in betas]
 
 
-def done(folder: Path, run: Run) -> bool:
-    return (folder / run.name / "verdict.json").exists()
+def results(path: Path) -> dict[str, Ended]:
+    """What is done, by the names of the runs."""
+    if not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {line.pop("name"): Ended(**{**line, "points": tuple(Point(*p) for p in line["points"])}) for line in lines}
+
+
+def write_results(path: Path, found: dict[str, Ended]) -> None:
+    order = {run.name: i for i, run in enumerate(all_runs())}
+    names = sorted(found, key=lambda name: (order.get(name, len(order)), name))
+    lines = [json.dumps({"name": name, **asdict(found[name])}) for name in names]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def train(folder: Path, run: Run) -> None:
@@ -137,14 +160,14 @@ def train(folder: Path, run: Run) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def records(folder: Path, run: Run) -> Iterator[dict[str, Any]]:
-    with (folder / run.name / "run.jsonl").open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
+def read(folder: Path, run: Run, score: Callable[[str], float]) -> Ended:
+    """What a run that is through came to."""
+    lines = (folder / run.name / "run.jsonl").read_text(encoding="utf-8").splitlines()
+    return ended(run.control, run.rate, run.beta, run.seed, map(json.loads, lines), score)
 
 
-def write_page(folder: Path, runs: Sequence[Run]) -> None:
-    """docs/kl-study.md and its picture."""
-    found = [ended(r.control, r.rate, r.beta, r.seed, records(folder, r)) for r in runs]
+def write_page(found: Sequence[Ended]) -> None:
+    """docs/kl-study.md and its pictures."""
     main_runs = [e for e in found if (e.beta, e.seed) == (BETA, SEEDS[0]) and e.control in CONTROLS]
     rest = [e for e in found if e not in main_runs]
     text = HEAD.format(rates=", ".join(f"{r:g}" for r in RATES), pairs=main_runs[0].pairs)
@@ -153,35 +176,44 @@ def write_page(folder: Path, runs: Sequence[Run]) -> None:
         text += f"\n## The penalty alone\n\n{table(penalties)}\n"
     if more := [e for e in rest if e.control not in PENALTIES]:
         text += f"\n## Another beta, other seeds\n\n{table(more, seeds=True)}\n"
-    (ROOT / "docs" / "kl-study.md").write_text(text, encoding="utf-8")
-    (ROOT / "docs" / "kl-study.svg").write_text(picture(main_runs), encoding="utf-8")
+    docs = ROOT / "docs"
+    (docs / "kl-study.svg").write_text(picture(main_runs), encoding="utf-8")
+    if sampled := [e for e in found if len(e.points) > 1 and e.seed == SEEDS[0]]:
+        (docs / "kl-study-reward.svg").write_text(reward_picture(sampled, RATES[2]), encoding="utf-8")
+        text += REWARD
+    (docs / "kl-study.md").write_text(text, encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], help="runs whose name contains this (may be repeated)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the runs lie (outputs/kl_study)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="what they came to (docs/kl-study.jsonl)")
     parser.add_argument(
         "--page", action="store_true", help="train nothing; write the page out of the runs that are done"
     )
     parser.add_argument("--list", action="store_true", help="only name the runs, and which are done")
     options = parser.parse_args(argv)
     runs = [run for run in all_runs() if not options.only or any(o in run.name for o in options.only)]
+    done = results(options.results)
     if options.list:
         for run in runs:
-            print("done" if done(options.folder, run) else "    ", run.name)
+            print("done" if run.name in done else "    ", run.name)
         return 0
     if options.page:
-        write_page(options.folder, [run for run in runs if done(options.folder, run)])
+        write_page([done[run.name] for run in all_runs() if run.name in done])
         return 0
+    score = load_judge(WHEEL)
     for i, run in enumerate(runs, start=1):
-        if not done(options.folder, run):
+        if run.name not in done:
             began = time.monotonic()
-            train(options.folder, run)
-            last = [r for r in records(options.folder, run) if r["kind"] == "eval"][-1]
+            if not (options.folder / run.name / "verdict.json").exists():
+                train(options.folder, run)
+            found = read(options.folder, run, score)
+            write_results(options.results, results(options.results) | {run.name: found})
             print(
-                f"{i}/{len(runs)} {run.name}: KL {last['eval_kl_divergence']:.4f}, margin {last['eval_rewards/margins']:+.4f}, "
-                f"accuracy {last['eval_rewards/accuracies']:.1%}, {time.monotonic() - began:.0f} s",
+                f"{i}/{len(runs)} {run.name}: KL {found.kl:.4f}, margin {found.margin:+.4f}, accuracy {found.accuracy:.1%}, "
+                f"{time.monotonic() - began:.0f} s",
                 flush=True,
             )
     return 0
