@@ -293,7 +293,6 @@ VALUE_ADVICE: dict[tuple[str, str], str] = {
     ): "write sigmoid with label_smoothing and sigmoid_label_smoothing: true; robust is the unbiased form",
     ("loss_type", "simpo"): "SimPO has no reference; sigmoid_norm is DPO divided by the answers' lengths",
     ("loss_type", "orpo"): "ORPO has no reference; it is not among the losses here",
-    ("save_strategy", "best"): "the best checkpoint is always kept in output_dir/best; write steps",
     ("lr_scheduler_type", "reduce_lr_on_plateau"): "the schedule does not look at metrics; write cosine or linear",
     ("lr_scheduler_type", "greedy"): "the schedule does not look at metrics; write cosine or linear",
     ("lr_scheduler_type", "wsd"): "write warmup_stable_decay",

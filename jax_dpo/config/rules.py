@@ -210,6 +210,8 @@ def _best_at_end(
 ) -> str | None:
     if not load:
         return None
+    if save == "best":
+        return None
     if evaluate != save or save == "no":
         return f"needs eval_strategy and save_strategy to be the same and not no; found {evaluate} and {save}"
     every = eval_steps or logging_steps
@@ -218,6 +220,12 @@ def _best_at_end(
     ratio = save_steps / every
     if (save_steps < 1) != (every < 1) or abs(ratio - round(ratio)) > 1e-6 or ratio < 1:
         return f"needs save_steps to be a multiple of eval_steps; found {show(save_steps)} and {show(every)}"
+    return None
+
+
+def _save_best(save: str, evaluate: str) -> str | None:
+    if save == "best" and evaluate == "no":
+        return "found best, which needs evaluations to compare: set eval_strategy to steps or epoch"
     return None
 
 
@@ -269,6 +277,7 @@ _RULES = (
     ),
     Rule(("precompute_ref_log_probs", "sync_ref_model", "kl_coef", "kl_controller"), kl_rules.precomputed),
     Rule(("kl_actions",), kl_rules.no_repeats),
+    Rule(("save_strategy", "eval_strategy"), _save_best),
     Rule(("ref_log_probs_columns", "precompute_ref_log_probs", "curriculum_by"), _ref_columns),
     Rule(("kl_judged_on", "precompute_ref_log_probs"), kl_rules.judged_on),
     Rule(("kl_patience",), partial(kl_rules.per_action, least=1)),

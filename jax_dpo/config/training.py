@@ -234,7 +234,11 @@ class TrainingOptions:
     )
 
     save_strategy: str = option(
-        "steps", "When a checkpoint is saved.", group="Checkpoints", choices=("no", "steps", "epoch")
+        "steps",
+        "When a checkpoint is saved; best: after each evaluation that is better than all before it (see metric_for_best_model), so that with "
+        "save_total_limit 1 the best one alone is kept. A run that is killed then goes on from there.",
+        group="Checkpoints",
+        choices=("no", "steps", "epoch", "best"),
     )
     save_steps: int | float = option(
         500, "Steps between checkpoints; below 1, the share of all steps.", group="Checkpoints", check=steps_or_share()

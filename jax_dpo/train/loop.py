@@ -87,7 +87,8 @@ class Loop:
                 rolled_back = (judging and self._judge_train()) or (plan.evaluates_at(step) and self._evaluate())
                 if rolled_back:
                     return
-                if plan.saves_at(step) or stopping:
+                better = plan.saves_best and self.progress.is_best(self.parts.ranking)
+                if plan.saves_at(step) or better or stopping:
                     self._save()
                 if stopping:
                     self._stop(stop)

@@ -20,6 +20,8 @@ class Plan:
     logging_steps: int
     eval_steps: int
     save_steps: int
+    saves_best: bool = False
+    """whether each evaluation that is the best so far is followed by a checkpoint"""
     logging_first_step: bool = False
     eval_on_start: bool = False
     eval_delay: float = 0.0

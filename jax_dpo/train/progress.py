@@ -115,6 +115,10 @@ class Progress:
         """Forgets checkpoints that are not among `steps`: some of an older checkpoint's list may have been rotated away since."""
         self.saved = [step for step in self.saved if step in steps]
 
+    def is_best(self, ranking: Ranking) -> bool:
+        """Whether the evaluation at this step is better than all before it; that of the start is none of a checkpoint."""
+        return self.step == ranking.best({step: score for step, score in self.scores.items() if step})
+
     def best_saved(self, ranking: Ranking) -> int | None:
         """The step of the best checkpoint that there is."""
         return ranking.best({step: self.scores[step] for step in self.saved if step in self.scores})

@@ -64,7 +64,7 @@ def make_plan(config: DPOConfig, pairs: int) -> Plan:
     logging = interval(config.logging_steps, total, 10)
 
     def every(strategy: str, steps: float | None, default: int) -> int:
-        return {"no": 0, "epoch": epoch}.get(strategy, interval(steps, total, default))
+        return {"no": 0, "best": 0, "epoch": epoch}.get(strategy, interval(steps, total, default))
 
     return Plan(
         pairs=pairs,
@@ -74,6 +74,7 @@ def make_plan(config: DPOConfig, pairs: int) -> Plan:
         logging_steps=every(config.logging_strategy, config.logging_steps, 10),
         eval_steps=every(config.eval_strategy, config.eval_steps, logging),
         save_steps=every(config.save_strategy, config.save_steps, 500),
+        saves_best=config.save_strategy == "best",
         logging_first_step=config.logging_first_step,
         eval_on_start=config.eval_on_start and config.eval_strategy != "no",
         sync_steps=config.ref_model_sync_steps if config.sync_ref_model else 0,

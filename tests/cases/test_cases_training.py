@@ -128,6 +128,10 @@ def test_keep_one() -> None:
     )
     assert tiny.checkpoints(Path("out")) == ["checkpoint-1", "checkpoint-6"]
     assert json.loads((Path("out") / "verdict.json").read_text())["best"]["step"] == 1
+    ended = train("keep-one.yaml", "alone", save_strategy="best")
+    assert ended.code == 3, ended.err
+    assert tiny.checkpoints(Path("alone")) == ["checkpoint-1"]
+    assert json.loads((Path("alone") / "verdict.json").read_text())["best"]["step"] == 1
     ended = train("keep-one.yaml", "wild", learning_rate=3e-2)
     assert ended.code == 3, ended.err
     assert min(logged("eval_kl_divergence", "eval", "wild")) > 1.8

@@ -110,6 +110,21 @@ def test_the_best_checkpoint_outlives_the_limit(early: tuple[Path, tiny.Ended]) 
     assert ended.last_line == f"trained; gate KL failed: {kl:.3g} > 0.1; exit 3"
 
 
+def test_only_the_best_checkpoint_is_kept_where_that_is_told(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    """Each evaluation that is better than all before it is saved, and a run that goes on begins there. Oracle: the scores of the log."""
+    out = tmp_path / "out"
+    told = {**evaluated, "eval_steps": 1, "max_steps": 4, "save_strategy": "best", "save_total_limit": 1}
+    told |= {"metric_for_best_model": "rewards/margins", "learning_rate": 2e-4}
+    ended = tiny.jax_dpo("train", *tiny.flags(told), "--output_dir", out)
+    assert ended.code == 0, ended.err
+    margins = {r["step"]: r["eval_rewards/margins"] for r in tiny.records(out, "eval") if r["step"]}
+    better = [s for s in margins if margins[s] == max(m for t, m in margins.items() if t <= s)]
+    assert [r["step"] for r in tiny.records(out, "checkpoint")] == better and len(better) > 1
+    assert tiny.checkpoints(out) == [f"checkpoint-{better[-1]}"]
+    refused = tiny.jax_dpo("train", *tiny.flags({**told, "eval_strategy": "no"}), "--output_dir", tmp_path / "other")
+    assert refused.code == 2 and "found best, which needs evaluations" in refused.err
+
+
 def test_best_and_final_are_the_models_of_their_steps(
     early: tuple[Path, tiny.Ended], model: Path, data: Path, tmp_path: Path
 ) -> None:
