@@ -315,7 +315,7 @@ def test_each_loss_is_taken(loss: str) -> None:
         ({"optim": "sgd", "optim_args": {"nesterov": True}}, "nesterov needs a momentum above 0"),
         ({"optim": "sgd", "optim_args": "weight_decay=0.1"}, "write weight_decay: 0.1"),
         ({"optim": "sgd", "optim_args": "momentum"}, "expected a mapping (JSON) or null"),
-        ({"save_strategy": "best"}, "output_dir/best"),
+        ({"save_strategy": "best"}, "needs evaluations"),
         ({"kl_actions": ["halve_rl", "rolback"]}, "did you mean rollback?"),
         ({"kl_actions": ["halve_rl"]}, "did you mean halve_lr?"),
         ({"kl_actions": ["rollback", "rollback"]}, "rollback more than once"),

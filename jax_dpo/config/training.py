@@ -235,8 +235,8 @@ class TrainingOptions:
 
     save_strategy: str = option(
         "steps",
-        "When a checkpoint is saved; best: after each evaluation that is better than all before it (see metric_for_best_model), so that with "
-        "save_total_limit 1 the best one alone is kept. A run that is killed then goes on from there.",
+        "When a checkpoint is saved; best: after each evaluation that is better than all before it (see metric_for_best_model), so that "
+        "with save_total_limit 1 the best one alone is kept. A run that is killed then goes on from there.",
         group="Checkpoints",
         choices=("no", "steps", "epoch", "best"),
     )
