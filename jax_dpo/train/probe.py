@@ -13,7 +13,7 @@ from jax_dpo.data.batch import Batch
 from jax_dpo.models.decoder import cast_for_compute, unembedding
 from jax_dpo.train.forward import precise, reference_params, scored_states, stats_of, sums_of_pairs
 from jax_dpo.train.state import Facts, Frozen, TrainState
-from jax_dpo.train.trust_region import Accepted, along_update, next_rate, toward_start
+from jax_dpo.train.trust_region import Accepted, along_update, first_share, next_first, next_rate, toward_start
 
 Bounded = Callable[[Tree, Tree], tuple[Tree, Accepted, Tree]]
 """(parameters, what the optimizer would subtract from them) -> new ones, how they were accepted, what the region remembers"""
@@ -37,11 +37,16 @@ def bounded_update(facts: Facts, state: TrainState, held: Frozen, mesh: Mesh) ->
             # So written that a scale of 1 changes no bit.
             return jax.tree.map(lambda p, c, s: (p - c) + (1 - scale) * (s - (p - c)), params, change, start)
 
-        go, at = (along_update, along) if start is None else (toward_start, toward)
-        taken = go(lambda scale: kl_of(at(scale)), now, limit)
-        chosen = at(taken.scale)
-        after = jax.tree.map(lambda p, new: jnp.where(taken.taken, new, p), params, chosen)
-        return after, taken, {"kl": taken.kl, "rate": share if start is None else next_rate(share, taken.scale)}
+        if start is None:
+            at, taken = along, along_update(lambda scale: kl_of(along(scale)), now, limit)
+            region = {**state.region, "kl": taken.kl}
+        else:
+            first = first_share(state.region["first"], now, limit)
+            at, taken = toward, toward_start(lambda scale: kl_of(toward(scale)), now, limit, first)
+            rate = next_rate(share, taken.scale)
+            region = {"kl": taken.kl, "rate": rate, "first": next_first(taken.scale, share, rate)}
+        after = jax.tree.map(lambda p, new: jnp.where(taken.taken, new, p), params, at(taken.scale))
+        return after, taken, region
 
     return inside
 

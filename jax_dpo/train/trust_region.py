@@ -36,7 +36,7 @@ UNKNOWN = -1.0  # a KL that has not been measured; no KL is below 0
 # +0.28, accuracy 83 %); where it was a quarter, and less with the schedule, the run ended at +0.33 and 88 %.
 OVERSHOOT = 0.25
 RAISED = 1.02  # the rate's share rises by no more in a step
-REGION_START = {"kl": UNKNOWN, "rate": 1.0}
+REGION_START = {"kl": UNKNOWN, "rate": 1.0, "first": 1.0}
 """what a trust region remembers (`TrainState.region`), before the first step"""
 
 
@@ -63,13 +63,16 @@ class _Try(NamedTuple):
     tries: jax.Array
 
 
-def toward_start(kl_at: Callable[[jax.Array], jax.Array], now: jax.Array, limit: jax.Array) -> Accepted:
+def toward_start(
+    kl_at: Callable[[jax.Array], jax.Array], now: jax.Array, limit: jax.Array, first: jax.Array | float = 1.0
+) -> Accepted:
     """Scales the whole way from the start, the update's included, so that its end is within the limit, and above `CLOSE` of it.
 
     Args:
       kl_at: KL of the probe set, nats per token, at a share of the way; 0 at the start itself.
       now: that KL before the update, for where nothing is taken.
       limit: the KL that may not be passed.
+      first: the share that is tried first; a good guess saves a forward pass.
 
     Near the start the KL is quadratic in the distance (its second-order form: Kullback 1959, section 2.6), which the first way back
     supposes; the next ones take the power of the distance that the last two tries show.
@@ -81,7 +84,7 @@ def toward_start(kl_at: Callable[[jax.Array], jax.Array], now: jax.Array, limit:
         power = jnp.where((t.tries > 1) & jnp.isfinite(seen), jnp.clip(seen, 0.3, 8.0), 2.0)
         return t.scale * jnp.minimum(0.97 * limit / t.kl, 1e3) ** (1 / power)
 
-    return _tried(kl_at, now, limit, CLOSE * limit, other)
+    return _tried(kl_at, now, limit, CLOSE * limit, other, jnp.float32(first))
 
 
 def along_update(kl_at: Callable[[jax.Array], jax.Array], now: jax.Array, limit: jax.Array) -> Accepted:
@@ -110,8 +113,9 @@ def _tried(
     limit: jax.Array,
     enough: jax.Array,
     other: Callable[[_Try], jax.Array],
+    first: jax.Array | None = None,
 ) -> Accepted:
-    """Tries shares, the whole first, until one has a KL between `enough` and `limit`, and takes the largest that is within the limit.
+    """Tries shares, the whole or `first` first, until one has a KL between `enough` and `limit`, and takes the largest within the limit.
 
     What is tried is compiled once. Nothing is taken where none of `MOST_TRIES` is within the limit.
     """
@@ -129,7 +133,9 @@ def _tried(
         return ~((t.best[0] >= 0) & close) & (t.tries < MOST_TRIES)
 
     zero, nothing = jnp.float32(0), (jnp.float32(-1), jnp.asarray(now, jnp.float32))
-    end = jax.lax.while_loop(goes_on, one, _Try(jnp.float32(1), zero, (zero, zero), nothing, jnp.int32(0)))
+    end = jax.lax.while_loop(
+        goes_on, one, _Try(jnp.float32(1) if first is None else first, zero, (zero, zero), nothing, jnp.int32(0))
+    )
     scale, kl = end.best
     return Accepted(jnp.maximum(scale, 0.0), kl, end.tries, scale >= 0)
 
@@ -139,6 +145,18 @@ def next_rate(share: jax.Array, scale: jax.Array) -> jax.Array:
     over = 1.0 - scale
     factor = jnp.where(over > OVERSHOOT, OVERSHOOT / over, RAISED)
     return jnp.minimum(share * factor, 1.0)
+
+
+def first_share(first: jax.Array, now: jax.Array, limit: jax.Array) -> jax.Array:
+    """The share of the way to try first: the whole one, or, where the last step was scaled back, what will end just below the limit if this
+    one overshoots as that one did, the change of the rate included (`first`: see `next_first`)."""
+    return jnp.where((first < 1) & (now > 0), jnp.minimum(first * jnp.sqrt(0.97 * limit / now), 1.0), 1.0)
+
+
+def next_first(scale: jax.Array, share: jax.Array, next_share: jax.Array) -> jax.Array:
+    """By what the next step's way would be scaled to the KL that the last one has now: the last one's scale, corrected for the change of
+    the rate."""
+    return 1.0 - (1.0 - scale) * next_share / share
 
 
 def limit_of(target_kl: float, ratio: float | None) -> float:

@@ -15,7 +15,9 @@ from jax_dpo.train.trust_region import (
     UNKNOWN,
     Accepted,
     along_update,
+    first_share,
     limit_of,
+    next_first,
     next_rate,
     ratio_of,
     spread_over,
@@ -127,6 +129,43 @@ def test_the_rate_is_lowered_until_updates_overshoot_by_little() -> None:
     assert float(next_rate(jnp.float32(1), jnp.float32(1))) == 1
     assert float(next_rate(jnp.float32(1), jnp.float32(0.1))) == pytest.approx(0.25 / 0.9)
     assert float(next_rate(jnp.float32(1), jnp.float32(0.0))) == pytest.approx(0.25)
+
+
+def test_at_the_bound_one_forward_pass_a_step_is_enough() -> None:
+    """A plant: the KL is the square of the way, each update adds `gain` times the rate's share to it, under a falling schedule."""
+    go = jax.jit(
+        lambda length, now, first: toward_start(
+            lambda s: (s * length) ** 2, now, jnp.float32(0.09), first_share(first, now, 0.09)
+        )
+    )
+    for gain in (0.02, 0.3, 3.0):
+        way, now, share, first, tries, kls = 0.0, jnp.float32(0), jnp.float32(1), jnp.float32(1), [], []
+        for k in range(80):
+            way += gain * float(share) * (1 - k / 80)
+            found = go(jnp.float32(way), now, first)
+            way, now = way * float(found.scale), found.kl
+            rate = next_rate(share, found.scale)
+            share, first = rate, next_first(found.scale, share, rate)
+            tries.append(int(found.tries))
+            kls.append(float(now))
+            assert found.taken and now <= np.float32(0.09)
+        at_bound = [t for t, kl in zip(tries, kls) if kl > 0.08]
+        assert len(at_bound) > 30 and np.mean(at_bound) < 1.2
+        assert max(tries) <= 3 and kls[-1] > 0.9 * 0.09
+
+
+def test_what_is_tried_first() -> None:
+    assert float(first_share(jnp.float32(1), jnp.float32(0.0899), 0.09)) == 1, (
+        "a step that was taken whole says nothing"
+    )
+    assert float(first_share(jnp.float32(0.8), jnp.float32(0.97 * 0.09), 0.09)) == pytest.approx(0.8)
+    assert float(first_share(jnp.float32(0.9), jnp.float32(0.0225 * 0.97), 0.09)) == 1
+    assert float(first_share(jnp.float32(0.9), jnp.float32(UNKNOWN), 0.09)) == 1
+    assert float(next_first(jnp.float32(0.6), jnp.float32(1), jnp.float32(0.5))) == pytest.approx(0.8)
+    guess, whole = (
+        taken(lambda *a, f=f: toward_start(*a, f), quadratic(0.36, 0.0), 0.08, 0.09) for f in (0.5 * 0.97**0.5, 1.0)
+    )
+    assert (guess.tries, whole.tries) == (1, 2) and guess.kl == pytest.approx(whole.kl, rel=1e-5)
 
 
 def test_the_limit_follows_what_the_probe_set_says_of_all() -> None:
