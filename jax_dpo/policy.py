@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from jax_dpo.weights.objects import is_model_object, object_adapter, open_object
 from jax_dpo.weights.peft import Adapter, adapter_base, new_adapter, read_adapter, write_adapter
 from jax_dpo.weights.peft import merge as merge_adapter
 from jax_dpo.weights.source import ModelFiles, open_model, resolve_model
+from jax_dpo.weights.tokenizer_files import read_tokenizer_files
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -159,7 +160,19 @@ def load_model(
             policy = replace(policy.with_adapter(there), adapter=f"{type(model).__name__} in memory")
     if adapter is None:
         return policy
+    policy = _with_files_of(policy, Path(adapter))
     return replace(policy.with_adapter(read_adapter(adapter, policy.config)), adapter=str(adapter))
+
+
+def _with_files_of(policy: Policy, adapter: Path) -> Policy:
+    """The tokenizer and generation_config.json that lie beside an adapter go with it: it was trained with them."""
+    files = policy.files
+    if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        files = replace(files, read_tokenizer=partial(read_tokenizer_files, adapter))
+    generation = adapter / "generation_config.json"
+    if generation.is_file():
+        files = replace(files, generation_config=generation.read_bytes(), altered=True)
+    return replace(policy, files=files)
 
 
 def save_model(
@@ -190,6 +203,8 @@ def save_model(
     if spec is not None:
         adapter = {p: x.read() if hasattr(x, "read") else x for p, x in leaves.items() if spec.trains(p)}
         if not merge:
+            if model.files.altered and model.files.generation_config is not None:
+                files = {**files, "generation_config.json": model.files.generation_config}
             assert model.lora_config is not None
             return write_adapter(
                 out,

@@ -41,6 +41,7 @@ ADVICE: dict[str, str] = {
     "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
     "train_batch_size": "write per_device_train_batch_size and gradient_accumulation_steps",
     "eval_batch_size": "write per_device_eval_batch_size",
+    "chat_template": "write chat_template_path: a Jinja file, or a directory or Hub name whose template is taken",
     "batch_size": "write per_device_train_batch_size and gradient_accumulation_steps",
     "lr": "write learning_rate",
     "epochs": "write num_train_epochs",

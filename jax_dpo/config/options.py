@@ -13,6 +13,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jax_dpo.config.advice import ADVICE, PYTHON_ADVICE, VALUE_ADVICE
+from jax_dpo.config.chat import ChatOptions
 from jax_dpo.config.fields import (
     Advice,
     Check,
@@ -41,7 +42,6 @@ from jax_dpo.config.rules import (
     problems_between,
     warnings_of,
 )
-from jax_dpo.config.training import TrainingOptions
 
 _MULTIPLE = Check("a whole number of at least 1, auto or null", lambda value: value == "auto" or _is_count(value))
 
@@ -87,7 +87,7 @@ def _scalar(text: str) -> Any:
 
 @validated(check_config)
 @dataclass(frozen=True)
-class DPOConfig(TrainingOptions):
+class DPOConfig(ChatOptions):
     """The options of a run. Names, meanings and defaults are those of TRL 1.16's DPOConfig; the last two groups are jax_dpo's own.
 
     Raises one `UserError` that names every option that cannot be used: unknown names (with the nearest, or with what to write

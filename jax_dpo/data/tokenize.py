@@ -163,8 +163,8 @@ def _check_tokenizer(tokenizer: Any, layout: Layout, name: str, turns: str) -> N
     if layout.chat and not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "chat-template-missing",
-            f"{name} holds conversations, but the tokenizer has no chat template that would turn them into text. Put a "
-            "chat_template.jinja beside tokenizer.json, use the instruct model's tokenizer, or give plain text.",
+            f"{name} holds conversations, but the tokenizer has no chat template that would turn them into text. Name one "
+            "with chat_template_path (a .jinja file, or a directory or Hub name that has one), use the instruct model, or give plain text.",
         )
     if layout.chat and turns != ALL and not getattr(tokenizer, "is_fast", False):
         raise UserError(
@@ -175,8 +175,8 @@ def _check_tokenizer(tokenizer: Any, layout: Layout, name: str, turns: str) -> N
     if not layout.chat and tokenizer.eos_token is None:
         raise UserError(
             "eos-token-missing",
-            f"{name} holds plain text, and the tokenizer has no end-of-sequence token to put after each answer. Set "
-            "eos_token in tokenizer_config.json.",
+            f"{name} holds plain text, and the tokenizer has no end-of-sequence token to put after each answer. Name "
+            "one with eos_token.",
         )
 
 

@@ -22,18 +22,36 @@ from jax_dpo.data.tokenize import tokenizer_fingerprint
 from jax_dpo.data.tokens import TokenizedPairs
 from jax_dpo.errors import UserError
 from jax_dpo.policy import Policy
+from jax_dpo.weights.tokenizer_changes import UNCHANGED, TokenizerChanges, change_files, write_files
 from jax_dpo.weights.tokenizer_files import auto_tokenizer, files_of_tokenizer
 
 
 class Tokenizer:
     """The tokenizer of a run, loaded when it is first needed: tokens from the cache do not need it."""
 
-    def __init__(self, given: Any, policy: Policy) -> None:
-        self._given, self._policy = given, policy
+    def __init__(self, given: Any, policy: Policy, changes: TokenizerChanges = UNCHANGED) -> None:
+        self._given, self._policy, self._changes = given, policy, changes
+
+    @property
+    def _object(self) -> Any:
+        """The tokenizer object that was given, if it is used as it is."""
+        return None if self._changes or isinstance(self._given, str | Path) else self._given
+
+    @property
+    def _where(self) -> str:
+        return str(self._given) if isinstance(self._given, str | Path) else str(self._policy.files.path)
 
     @cached_property
     def files(self) -> dict[str, bytes]:
-        """Its files, byte for byte as they came where it was not changed."""
+        """Its files, byte for byte as they came where nothing is changed.
+
+        Raises:
+          UserError: what `change_files` raises.
+        """
+        files = self._given_files()
+        return change_files(files, self._changes, self._where) if files and self._changes else files
+
+    def _given_files(self) -> dict[str, bytes]:
         if self._given is None:
             return self._policy.files.tokenizer_files()
         if isinstance(self._given, str | Path):
@@ -45,16 +63,11 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        if self._given is not None and not isinstance(self._given, str | Path):
-            return tokenizer_fingerprint(self._given)
+        if self._object is not None:
+            return tokenizer_fingerprint(self._object)
         with tempfile.TemporaryDirectory() as folder:
-            self._write(Path(folder))
+            write_files(self.files, Path(folder))
             return tokenizer_fingerprint(folder)
-
-    def _write(self, folder: Path) -> None:
-        for name, content in self.files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(content)
 
     @cached_property
     def loaded(self) -> Any:
@@ -63,22 +76,22 @@ class Tokenizer:
         Raises:
           UserError: the model has none, or its files cannot be read.
         """
-        if self._given is not None and not isinstance(self._given, str | Path):
-            return self._given
+        if self._object is not None:
+            return self._object
         if not self.files:
             raise UserError(
                 "tokenizer-missing",
-                f"{self._given or self._policy.files.path} has no tokenizer (no tokenizer.json or tokenizer_config.json). "
+                f"{self._where} has no tokenizer (no tokenizer.json or tokenizer_config.json). "
                 "Name a directory that has one with tokenizer_name_or_path, or give processing_class.",
             )
         with tempfile.TemporaryDirectory() as folder:
-            self._write(Path(folder))
+            write_files(self.files, Path(folder))
             try:
                 return auto_tokenizer().from_pretrained(folder, local_files_only=True)
             except Exception as e:
                 raise UserError(
                     "tokenizer-broken",
-                    f"The tokenizer of {self._given or self._policy.files.path} cannot be loaded: {e}. "
+                    f"The tokenizer of {self._where} cannot be loaded: {e}. "
                     "Expected the files that save_pretrained of transformers writes.",
                 ) from e
 

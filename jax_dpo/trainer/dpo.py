@@ -13,7 +13,7 @@ from typing import Any
 from jax_dpo.config import DPOConfig
 from jax_dpo.data.load import Rows, is_stream, load_rows
 from jax_dpo.errors import OK, Stopped, UserError
-from jax_dpo.policy import Policy
+from jax_dpo.policy import Policy, load_model
 from jax_dpo.report.records import Record, RunLog, log_history
 from jax_dpo.report.terminal import Display, Quiet
 from jax_dpo.sharding.multihost import from_primary, is_primary
@@ -23,7 +23,8 @@ from jax_dpo.train.memory import MemorySettings, memory_advice
 from jax_dpo.train.signals import StopRequest
 from jax_dpo.train.state import TrainState
 from jax_dpo.trainer import curriculum, outputs
-from jax_dpo.trainer.datasets import PairSet, Tokenizer, prepare_evaluation, prepare_set, prepare_stream
+from jax_dpo.trainer.chat import fit
+from jax_dpo.trainer.datasets import PairSet, prepare_evaluation, prepare_set, prepare_stream
 from jax_dpo.trainer.engine import Engine
 from jax_dpo.trainer.models import check_sync, pair_models
 from jax_dpo.trainer.parts import assemble, evaluation_metrics, fresh_progress, make_plan, ranking_of, start_record
@@ -91,12 +92,13 @@ class DPOTrainer(TrlSurface):
         _check_models(model, ref_model)
         self.display = display or Quiet()
         self.callbacks = list(callbacks or [])
-        self.pairing = pair_models(model, ref_model, peft_config, revision=revision, seed=args.seed if args else 42)
-        self.args = args or DPOConfig(f"{self.pairing.policy.name}-DPO")
+        policy = load_model(model, revision=revision)
+        self.args = args or DPOConfig(f"{policy.name}-DPO")
+        policy, self.tokenizer = fit(policy, processing_class if processing_class is not None else tokenizer, self.args)
+        self.pairing = pair_models(policy, ref_model, peft_config, revision=revision, seed=self.args.seed)
         if self.args.sync_ref_model:
             check_sync(self.pairing)
         self.notes = prepare_jax(self.args)
-        self.tokenizer = Tokenizer(processing_class if processing_class is not None else tokenizer, self.pairing.policy)
         self.reward_model = None if train_dataset is None else reward_model_of(self.args, reward_model)
         self.train_set = self._training_pairs(train_dataset)
         self.eval_sets = prepare_evaluation(eval_dataset, self.tokenizer, self.args)

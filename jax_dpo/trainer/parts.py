@@ -36,6 +36,7 @@ from jax_dpo.train.schedule import schedule, warmup_of
 from jax_dpo.train.start_check import check_start
 from jax_dpo.train.state import Frozen, Knobs, TrainState
 from jax_dpo.trainer import outputs
+from jax_dpo.trainer.chat import chat_warnings
 from jax_dpo.trainer.curriculum import curriculum_record
 from jax_dpo.trainer.datasets import PairSet
 from jax_dpo.trainer.models import parameter_count
@@ -372,6 +373,7 @@ def start_record(run: Run) -> Record:
         *config.warnings(adapter=policy.config.lora is not None, data_parallel=row_shards(mesh)),
         *plan_warnings(plan, config),
         *served_warnings(policy.config.lora, policy.lora_config, config),
+        *chat_warnings(sets["train"].pairs, sets["train"].data.name, run.tokenizer, policy.files, config),
         *run.notes,
         *(w for s in sets.values() for w in s.data.warnings),
     ]

@@ -21,7 +21,7 @@ class ModelFiles:
 
     `leaves` has exactly the paths of `parameter_shapes(config)`. `dtype` is that of most of the numbers ("float32",
     "bfloat16", "float16"; "float32" for a GGUF file, whose weights are dequantised). `generation_config` is the file's
-    content, None where there is none.
+    content, None where there is none. `altered`: a run changed generation_config, so that it is not the one that lies at `path`.
     """
 
     path: Path
@@ -31,6 +31,7 @@ class ModelFiles:
     dtype: str
     generation_config: bytes | None
     read_tokenizer: Callable[[], dict[str, bytes]]
+    altered: bool = False
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The files of the tokenizer by name, byte for byte as they are; made from the metadata of a GGUF file.
