@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jax_dpo.errors import OK, UNEXPECTED
+from jax_dpo.errors import OK, UNEXPECTED, named
 
 GIB = 2**30
 MIN_MEMORY_GIB = 4.0
@@ -96,7 +96,10 @@ def versions() -> Findings:
         own = metadata.distribution("jax-dpo")
     except metadata.PackageNotFoundError:
         found.problems.append(
-            "jax-dpo is not installed, so versions cannot be compared; install it with `pip install -e .`"
+            named(
+                "package-missing",
+                "jax-dpo is not installed, so versions cannot be compared; install it with `pip install -e .`",
+            )
         )
         return found
     found.tell("jax-dpo", own.version)
@@ -104,11 +107,16 @@ def versions() -> Findings:
         there = _version(name)
         if there is None:
             found.tell(name, "not installed")
-            found.problems.append(f"{name} is not installed; install it with `pip install '{name}>={bound}'`")
+            found.problems.append(
+                named("package-missing", f"{name} is not installed; install it with `pip install '{name}>={bound}'`")
+            )
         elif version_tuple(there) < version_tuple(bound):
             found.tell(name, f"{there}, older than {bound}")
             found.problems.append(
-                f"{name} {there} is older than {bound}; update it with `pip install '{name}>={bound}'`"
+                named(
+                    "package-old",
+                    f"{name} {there} is older than {bound}; update it with `pip install '{name}>={bound}'`",
+                )
             )
         elif name in _TOLD:
             found.tell(name, there)
@@ -138,7 +146,10 @@ def processor() -> Findings:
     found.tell("memory", f"{total / GIB:.1f} GiB")
     if total < MIN_MEMORY_GIB * GIB:
         found.problems.append(
-            f"{total / GIB:.1f} GiB of memory is little: full training takes about 20 bytes a parameter; use a machine with more"
+            named(
+                "memory-small",
+                f"{total / GIB:.1f} GiB of memory is little: full training takes about 20 bytes a parameter; use a machine with more",
+            )
         )
     return found
 
@@ -168,7 +179,7 @@ def devices() -> Findings:
         there = jax.devices()
     except Exception as error:
         found.tell("devices", "none")
-        found.problems.append(f"JAX finds no device: {_one_line(error)}")
+        found.problems.append(named("no-device", f"JAX finds no device: {_one_line(error)}"))
         return found
     kind = there[0].device_kind
     platform_name = there[0].platform
@@ -201,17 +212,34 @@ def unused_accelerators(platform_name: str, wanted: str | None, root: Path = Pat
     has_gpu = (root / "nvidia0").exists() or (root / "kfd").exists()
     has_tpu = (root / "accel0").exists() or (root / "vfio" / "0").exists()
     if has_gpu:
-        complaints.append(f"there is a GPU, but JAX computes on the CPU: {why or 'run `pip install jax-dpo[cuda]`'}")
+        complaints.append(
+            named(
+                "accelerator-unused",
+                f"there is a GPU, but JAX computes on the CPU: {why or 'run `pip install jax-dpo[cuda]`'}",
+            )
+        )
     if has_tpu and importlib.util.find_spec("libtpu") is None:
-        complaints.append(f"there is a TPU, but JAX computes on the CPU: {why or 'run `pip install jax-dpo[tpu]`'}")
+        complaints.append(
+            named(
+                "accelerator-unused",
+                f"there is a TPU, but JAX computes on the CPU: {why or 'run `pip install jax-dpo[tpu]`'}",
+            )
+        )
     elif has_tpu:
         complaints.append(
-            f"there is a TPU, but JAX computes on the CPU: {why or 'another process may hold it (`fuser -v /dev/accel0`)'}"
+            named(
+                "accelerator-unused",
+                "there is a TPU, but JAX computes on the CPU: "
+                f"{why or 'another process may hold it (`fuser -v /dev/accel0`)'}",
+            )
         )
     elif importlib.util.find_spec("libtpu") is not None and not wanted:
         complaints.append(
-            "libtpu is installed on a machine without a TPU, so each start looks for one and complains: set JAX_PLATFORMS=cpu or "
-            "`pip uninstall libtpu`"
+            named(
+                "libtpu-unused",
+                "libtpu is installed on a machine without a TPU, so each start looks for one and complains: set JAX_PLATFORMS=cpu or "
+                "`pip uninstall libtpu`",
+            )
         )
     return complaints
 
@@ -224,7 +252,9 @@ def disk(places: Mapping[str, Path], min_free_gib: float) -> Findings:
         parent = nearest_directory(path)
         if parent is None:
             found.tell(name, str(path))
-            found.problems.append(f"{name} {path}: no part of the path is a directory; name another place")
+            found.problems.append(
+                named("place-unusable", f"{name} {path}: no part of the path is a directory; name another place")
+            )
             continue
         free = shutil.disk_usage(parent).free
         size = f", holds {_size(folder_bytes(path))}" if name in places and path.is_dir() else ""
@@ -232,10 +262,10 @@ def disk(places: Mapping[str, Path], min_free_gib: float) -> Findings:
         found.tell(name, f"{path}{state}{size}, {_size(free)} free")
         complaint = not_writable(parent)
         if complaint:
-            found.problems.append(f"{name} {path}: {complaint}")
+            found.problems.append(named("place-unusable", f"{name} {path}: {complaint}"))
         if free < min_free_gib * GIB:
-            short[str(os.stat(parent).st_dev)] = (
-                f"{path}: {_size(free)} free, {min_free_gib:g} GiB are wanted; free some space"
+            short[str(os.stat(parent).st_dev)] = named(
+                "disk-small", f"{path}: {_size(free)} free, {min_free_gib:g} GiB are wanted; free some space"
             )
     found.problems += short.values()
     return found

@@ -12,10 +12,19 @@ GATE_FAILED = 3
 STOPPED = 75
 
 
+def named(name: str, text: str) -> str:
+    """What a person is told, and behind it in brackets the name under which docs/troubleshooting.md explains it.
+
+    `name` is a short kebab-case word as that of a `UserError`; warnings and notes carry theirs in their text.
+    """
+    return f"{text} [{name}]"
+
+
 class UserError(Exception):
     """Input that cannot be used: says where, what was found, what was expected and what to do.
 
-    `name` is a short kebab-case word that stays the same when the wording changes, so that documentation and scripts can refer to it.
+    `name` is a short kebab-case word that stays the same when the wording changes, so that documentation and scripts can refer to it:
+    it is an entry of docs/troubleshooting.md.
     """
 
     def __init__(self, name: str, message: str) -> None:
@@ -24,7 +33,7 @@ class UserError(Exception):
         self.message = message
 
     def __str__(self) -> str:
-        return self.message
+        return named(self.name, self.message)
 
 
 class Stopped(Exception):

@@ -58,7 +58,7 @@ def test_memory_is_the_containers_where_it_is_less(tmp_path: Path) -> None:
 def test_little_memory_is_complained_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "memory_bytes", lambda: 2**30)
     assert doctor.processor().problems == [
-        "1.0 GiB of memory is little: full training takes about 20 bytes a parameter; use a machine with more"
+        "1.0 GiB of memory is little: full training takes about 20 bytes a parameter; use a machine with more [memory-small]"
     ]
     monkeypatch.setattr(doctor, "memory_bytes", lambda: 2**40)
     assert doctor.processor().problems == []
@@ -106,7 +106,7 @@ def test_caches_are_sized_and_tried(tmp_path: Path) -> None:
     assert "holds 3.0 MiB" in lines["full"]
     assert "not made yet" in lines["new"]
     assert found.problems == [
-        f"blocked {tmp_path / 'file' / 'cache'}: no part of the path is a directory; name another place"
+        f"blocked {tmp_path / 'file' / 'cache'}: no part of the path is a directory; name another place [place-unusable]"
     ]
     assert sorted(item.name for item in tmp_path.iterdir()) == ["file", "full"]  # looking leaves nothing behind
     assert "nothing can be written there" in (doctor.not_writable(Path("/proc")) or "")

@@ -11,28 +11,34 @@ from collections.abc import Sequence
 from jax_dpo.cli.commands import COMMANDS
 from jax_dpo.cli.help import command_help, overview
 from jax_dpo.config.fields import nearest
-from jax_dpo.errors import OK, STOPPED, UNEXPECTED, USER_INPUT, Stopped, UserError
+from jax_dpo.errors import OK, STOPPED, UNEXPECTED, USER_INPUT, Stopped, UserError, named
 
 INTERRUPTED = 130  # as shells say it of Ctrl-C
 NO_READER = 141  # as shells say it of a closed pipe
 
 _HELP = ("-h", "--help", "help")
 
-_OUT_OF_MEMORY = """\
+_OUT_OF_MEMORY = named(
+    "out-of-memory",
+    """\
 error: out of memory
 What helps, the first being the cheapest:
   smaller micro-batches: --per_device_train_batch_size halved and --gradient_accumulation_steps doubled, or --micro_batch_tokens
   shorter sequences: --max_length
   recomputation: --gradient_checkpointing true
   an adapter instead of the whole model: --use_peft
-  more devices to share the parameters: --mesh_fsdp"""
+  more devices to share the parameters: --mesh_fsdp""",
+)
 
+_DENIED = named("no-permission", "permission denied; make it accessible, or write elsewhere with --output_dir")
 _MACHINE_FAULTS = {
-    errno.ENOSPC: "there is no space left on the device; free some, or write elsewhere with --output_dir",
-    errno.EDQUOT: "the disk quota is used up; free some, or write elsewhere with --output_dir",
-    errno.EACCES: "permission denied; make it accessible, or write elsewhere with --output_dir",
-    errno.EPERM: "permission denied; make it accessible, or write elsewhere with --output_dir",
-    errno.EROFS: "the file system is read-only; write elsewhere with --output_dir",
+    errno.ENOSPC: named(
+        "no-space-left", "there is no space left on the device; free some, or write elsewhere with --output_dir"
+    ),
+    errno.EDQUOT: named("no-space-left", "the disk quota is used up; free some, or write elsewhere with --output_dir"),
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.EROFS: named("no-permission", "the file system is read-only; write elsewhere with --output_dir"),
 }
 
 
@@ -55,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         return _say(stopped.message, STOPPED)
     except UserError as error:
-        return _alone(_say(f"error: {error.message} [{error.name}]", USER_INPUT))
+        return _alone(_say(f"error: {error}", USER_INPUT))
     except Exception as error:
         return _alone(_lost(error) or _unexpected(error))
 
@@ -92,7 +98,10 @@ def _unexpected(error: Exception) -> int:
         return _say(f"error: {where}{_MACHINE_FAULTS[error.errno]}", USER_INPUT)
     traceback.print_exception(error)
     return _say(
-        "This should not have happened. Please report it with the lines above and the output of `jax-dpo doctor`.",
+        named(
+            "unexpected",
+            "This should not have happened. Please report it with the lines above and the output of `jax-dpo doctor`.",
+        ),
         UNEXPECTED,
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_dpo.config.fields import nearest, show
+from jax_dpo.errors import named
 
 KL_ACTIONS = ("halve_lr", "raise_beta", "rollback")
 KL_CONTROLLERS = ("none", "adaptive_beta", "pi_beta", "dual_kl_coef")
@@ -106,14 +107,17 @@ def without_effect(values: Mapping[str, Any]) -> list[str]:
     acting += ["kl_controller"] * (values["kl_controller"] != "none")
     if acting and values["eval_strategy"] == "no" and "train" not in values["kl_judged_on"]:
         found.append(
-            f"{' and '.join(acting)} can do nothing: the KL is judged at evaluations, and eval_strategy is no. Name an evaluation set, or "
-            "set kl_judged_on to train"
+            named(
+                "kl-not-judged",
+                f"{' and '.join(acting)} can do nothing: the KL is judged at evaluations, and eval_strategy is no. Name an "
+                "evaluation set, or set kl_judged_on to train",
+            )
         )
     idle = [name for name, usual in _OF_ACTIONS.items() if values[name] != usual]
     if idle and not values["kl_actions"]:
-        found.append(f"{' and '.join(idle)} can do nothing: kl_actions names none")
+        found.append(named("option-without-effect", f"{' and '.join(idle)} can do nothing: kl_actions names none"))
     if values["kl_window"] != 10 and "train" not in values["kl_judged_on"]:
-        found.append("kl_window can do nothing: kl_judged_on does not name train")
+        found.append(named("option-without-effect", "kl_window can do nothing: kl_judged_on does not name train"))
     if values["kl_probe_pairs"] != 16 and not values["kl_trust_region"]:
-        found.append("kl_probe_pairs can do nothing: kl_trust_region is false")
+        found.append(named("option-without-effect", "kl_probe_pairs can do nothing: kl_trust_region is false"))
     return found

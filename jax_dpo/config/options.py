@@ -40,8 +40,8 @@ from jax_dpo.config.rules import (
     PAIR_COLUMNS,
     SYSTEM_TURNS,
     problems_between,
-    warnings_of,
 )
+from jax_dpo.config.unusual import warnings_of
 
 _MULTIPLE = Check("a whole number of at least 1, auto or null", lambda value: value == "auto" or _is_count(value))
 

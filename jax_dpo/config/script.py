@@ -24,6 +24,7 @@ from jax_dpo.config.fields import (
     validated,
     within,
 )
+from jax_dpo.errors import named
 
 _SHARE_OR_COUNT = Check(
     "a share between 0 and 1, or a whole number of rows", lambda value: value > 0 and (value < 1 or value == int(value))
@@ -192,7 +193,7 @@ class ScriptArguments:
 
     def _unused_data(self) -> list[str]:
         if self.datasets and self.dataset_name:
-            return ["datasets is used, dataset_name is not"]
+            return [named("option-without-effect", "datasets is used, dataset_name is not")]
         return []
 
     def _unused_adapter(self) -> list[str]:
@@ -202,5 +203,5 @@ class ScriptArguments:
             if item.name.startswith(("lora_", "use_rslora", "use_dora")) and getattr(self, item.name) != item.default
         ]
         if changed and not self.use_peft:
-            return [f"{', '.join(changed)} without use_peft: true has no effect"]
+            return [named("option-without-effect", f"{', '.join(changed)} without use_peft: true has no effect")]
         return []

@@ -107,7 +107,7 @@ def _card_splits(directory: Path, configs: list[dict[str, Any]], config: str | N
         config = marked[0] if marked else ("default" if "default" in names else None)
         if config is None:
             raise UserError(
-                "data-config-missing",
+                "data-config-needed",
                 f"{directory} has the configurations {', '.join(names)}. Set dataset_config to one.",
             )
     if config is not None and config not in names:

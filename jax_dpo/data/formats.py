@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, overload
 
 from jax_dpo.data import system_turns
-from jax_dpo.errors import UserError
+from jax_dpo.errors import UserError, named
 
 AUTO, TRL, SHAREGPT, REPEATED, TRANSCRIPT = DATA_FORMATS = ("auto", "trl", "sharegpt", "repeated_prompt", "transcript")
 AS_GIVEN, PARSED = TOOL_ARGUMENTS = ("as_given", "parsed")
@@ -172,19 +172,28 @@ def hints(rows: Mapped, reading: Reading) -> list[str]:
     found = []
     if reading.data_format != TRANSCRIPT and any(map(is_transcript, first)):
         found.append(
-            "these are transcripts (Human: .. Assistant: ..), split where chosen and rejected part, as in TRL, which may be in the middle "
-            "of a word; data_format: transcript splits after the last Assistant: that both share"
+            named(
+                "data-transcripts",
+                "these are transcripts (Human: .. Assistant: ..), split where chosen and rejected part, as in TRL, which may be "
+                "in the middle of a word; data_format: transcript splits after the last Assistant: that both share.",
+            )
         )
     if reading.data_format != REPEATED and any(_repeated(row) for row in first):
         found.append(
-            "chosen and rejected begin with the prompt once more, so the model sees it twice, as in TRL; data_format: repeated_prompt "
-            "takes it off"
+            named(
+                "data-prompt-repeated",
+                "chosen and rejected begin with the prompt once more, so the model sees it twice, as in TRL; data_format: repeated_prompt "
+                "takes it off.",
+            )
         )
     arguments = next((text for row in first if (text := text_arguments(row)) is not None), None)
     if reading.tool_arguments == AS_GIVEN and arguments is not None:
         found.append(
-            f"the arguments of tool calls are JSON text, which templates write with escaped quotes ({json.dumps(arguments)}); "
-            "tool_arguments: parsed makes objects of them"
+            named(
+                "data-tool-arguments",
+                f"the arguments of tool calls are JSON text, which templates write with escaped quotes ({json.dumps(arguments)}); "
+                "tool_arguments: parsed makes objects of them.",
+            )
         )
     return found
 

@@ -207,7 +207,7 @@ def _pick(splits: list[str], split: str | None, label: str) -> str:
         return split
     known = ", ".join(sorted(splits))
     if split is None:
-        raise UserError("data-split-missing", f"{label} has the splits {known}. Say which (dataset_train_split).")
+        raise UserError("data-split-needed", f"{label} has the splits {known}. Say which (dataset_train_split).")
     raise UserError(
         "data-split-missing",
         f"{label} has no split {split!r}. It has: {known}. Set dataset_train_split (for training) or dataset_test_split "

@@ -117,7 +117,7 @@ def _files_of(source: Source) -> list[str] | None:
         given = given[split]
     if given is None:
         if source.path in BUILDERS and source.data_dir is None:
-            raise UserError("data-file-missing", f"datasets: path {source.path} needs data_files, or data_dir.")
+            raise UserError("data-files-needed", f"datasets: path {source.path} needs data_files, or data_dir.")
         return None
     inside = Path(source.data_dir or ".") if source.path in BUILDERS else Path(source.path) / (source.data_dir or "")
     found: list[str] = []

@@ -19,7 +19,7 @@ from jax_dpo.data.pairs import PAIR_COLUMNS, REF_ALIASES, REF_COLUMNS
 from jax_dpo.data.tokenize import tokenize_rows, tokenizer_fingerprint
 from jax_dpo.data.tokens import MOVED, Facts, TokenizedPairs, TokenTable
 from jax_dpo.data.turns import ALL
-from jax_dpo.errors import UserError
+from jax_dpo.errors import UserError, named
 
 
 @dataclass(frozen=True)
@@ -213,13 +213,20 @@ def _table(
     table = read_entry(path)
     if table is not None:
         return table, [], True
-    warnings = [f"The cached tokens of {rows.name} were damaged ({path}); they are made anew."] if path.exists() else []
+    warnings = (
+        [named("token-cache-damaged", f"The cached tokens of {rows.name} were damaged ({path}); they are made anew.")]
+        if path.exists()
+        else []
+    )
     tokenizer = tokenizer if tokenizer is not None else tokenizer_loader()
     table = tokenize_rows(rows, tokenizer, **reading, progress=progress)
     problem = write_entry(path, table)
     if problem is not None:
         warnings.append(
-            f"The tokens of {rows.name} are not kept for the next run, which will tokenize again ({problem})."
+            named(
+                "token-cache-unkept",
+                f"The tokens of {rows.name} are not kept for the next run, which will tokenize again ({problem}).",
+            )
         )
         return table, warnings, False
     # The file in place of the arrays: what is not looked at need not stay in memory.
@@ -263,54 +270,99 @@ def _warnings(
     found = []
     if table.facts.read_as:
         changes = "; ".join(table.facts.read_as)
-        found.append(f"{name}: read as TRL's layout: {changes}. With data_format: trl the rows are taken as they are.")
-    found += [f"{name}: {hint}." for hint in table.facts.hints]
+        found.append(
+            named(
+                "data-read-as",
+                f"{name}: read as TRL's layout: {changes}. With data_format: trl the rows are taken as they are.",
+            )
+        )
+    found += [f"{name}: {hint}" for hint in table.facts.hints]
     invalid = [drop for drop in drops if drop.reason == "invalid"]
     if invalid:
         found.append(
-            f"{name}: {_count(len(invalid))} left out as invalid: {name_rows([d.row for d in invalid])}. "
-            f"Row {invalid[0].row}: {invalid[0].detail}."
+            named(
+                "rows-invalid",
+                f"{name}: {_count(len(invalid))} left out as invalid: {name_rows([d.row for d in invalid])}. "
+                f"Row {invalid[0].row}: {invalid[0].detail}.",
+            )
         )
     for reason, numbers in flagged.items():
         found.append(
-            f"{name}: {_count(len(numbers))} with {DROP_REASONS[reason]}, used all the same: {name_rows(numbers)}. "
-            f"Put `{reason}` into drop_rows to leave them out."
+            named(
+                "rows-flagged",
+                f"{name}: {_count(len(numbers))} with {DROP_REASONS[reason]}, used all the same: {name_rows(numbers)}. "
+                f"Put `{reason}` into drop_rows to leave them out.",
+            )
         )
     long = [drop for drop in drops if drop.reason == TOO_LONG]
     if long:
         more = "" if options.overlong == CUT else ", or set overlong to cut"
         found.append(
-            f"{name}: {_count(len(long))} left out as too long: {name_rows([d.row for d in long])}. Row {long[0].row}: {long[0].detail}. "
-            f"Raise max_length, or set max_prompt_length to cut prompts from the left{more}."
+            named(
+                "rows-too-long",
+                f"{name}: {_count(len(long))} left out as too long: {name_rows([d.row for d in long])}. "
+                f"Row {long[0].row}: {long[0].detail}. "
+                f"Raise max_length, or set max_prompt_length to cut prompts from the left{more}.",
+            )
         )
     if options.max_prompt_length is not None and pairs.prompt_cut.any():
         found.append(
-            f"{name}: the prompts of {_count(int(pairs.prompt_cut.sum()))} are cut on the left to max_prompt_length "
-            f"{options.max_prompt_length}."
+            named(
+                "prompts-cut",
+                f"{name}: the prompts of {_count(int(pairs.prompt_cut.sum()))} are cut on the left to max_prompt_length "
+                f"{options.max_prompt_length}.",
+            )
         )
+    return found + _split_warnings(pairs, name) + _column_warnings(table.facts, name)
+
+
+def _split_warnings(pairs: TokenizedPairs, name: str) -> list[str]:
+    """Of prompts that the tokenizer does not end where the text does."""
+    table, found = pairs.table, []
     moved = int(((table.flags[pairs.kept] & MOVED) > 0).sum())
     if moved:
         found.append(
-            f"{name}: in {_count(moved)} the tokenized prompt is not what prompt and answer begin with together, because "
-            "tokens merge over its end or the chat template ends a prompt differently; the answers begin where they part. "
-            f"First end of a prompt that is not part of it: {table.facts.moved_end!r}."
+            named(
+                "prompt-end-moved",
+                f"{name}: in {_count(moved)} the tokenized prompt is not what prompt and answer begin with together, because "
+                "tokens merge over its end or the chat template ends a prompt differently; the answers begin where they part. "
+                f"First end of a prompt that is not part of it: {table.facts.moved_end!r}.",
+            )
         )
-    said = [c for c in table.facts.unread_columns if c in PAIR_COLUMNS]
+    return found
+
+
+def _column_warnings(facts: Facts, name: str) -> list[str]:
+    """Of columns that are not read, or not there."""
+    found = []
+    said = [c for c in facts.unread_columns if c in PAIR_COLUMNS]
     if said:
         found.append(
-            f"{name}: the columns {', '.join(said)} are not read, as in TRL; pair_columns: [{', '.join(said)}] reads them of each pair."
+            named(
+                "pair-columns-unread",
+                f"{name}: the columns {', '.join(said)} are not read, as in TRL; pair_columns: [{', '.join(said)}] reads them "
+                "of each pair.",
+            )
         )
-    if table.facts.absent_columns:
+    if facts.absent_columns:
         found.append(
-            f"{name} has no column {', '.join(table.facts.absent_columns)}: its pairs are evaluated as if pair_columns did not name it."
+            named(
+                "pair-columns-absent",
+                f"{name} has no column {', '.join(facts.absent_columns)}: its pairs are evaluated as if pair_columns did "
+                "not name it.",
+            )
         )
-    if table.facts.unread_columns:
-        found.append(f"{name}: columns that are not read: {', '.join(table.facts.unread_columns)}.")
-    of_reference = [c for c in table.facts.unread_columns if c in (*REF_COLUMNS, *REF_ALIASES.values())]
+    if facts.unread_columns:
+        found.append(named("columns-unread", f"{name}: columns that are not read: {', '.join(facts.unread_columns)}."))
+    of_reference = [c for c in facts.unread_columns if c in (*REF_COLUMNS, *REF_ALIASES.values())]
     if of_reference:
         found.append(
-            f"{name}: {' and '.join(of_reference)} came with the data, but whose log-probabilities they are is not known: "
-            "precompute_ref_log_probs computes those of this run's reference (TRL does so, too); with ref_log_probs_columns it takes these."
+            named(
+                "reference-logps-unread",
+                f"{name}: {' and '.join(of_reference)} came with the data, but whose log-probabilities they are is not known: "
+                "precompute_ref_log_probs computes those of this run's reference (TRL does so, too); "
+                "with ref_log_probs_columns it takes these.",
+            )
         )
     return found
 

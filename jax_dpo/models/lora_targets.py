@@ -27,7 +27,7 @@ LAYERS, EMBEDDING = "model.layers.", "model.embed_tokens.weight"
 def lora_spec(config: LoraConfig, model: ModelConfig) -> LoraSpec:
     """The adapter that `config` means on `model`.
 
-    Raises UserError: what `LoraConfig.check` raises, lora-target-unknown, lora-target-unsupported.
+    Raises UserError: what `LoraConfig.check` raises, lora-target-unknown, lora-target-unsupported, lora-target-tied, lora-target-none.
     """
     config.check()
     names = _names(config, model)
@@ -40,7 +40,7 @@ def lora_spec(config: LoraConfig, model: ModelConfig) -> LoraSpec:
             targets.append(LoraTarget(path, ranks, _filled(ranks, scales)))
     if not targets:
         raise UserError(
-            "lora-target-unknown",
+            "lora-target-none",
             "No linear layer is left to adapt: exclude_modules, modules_to_save or layers_to_transform take away all that "
             f"target_modules names ({config.target_modules!r}).",
         )
@@ -52,7 +52,7 @@ def resolve_targets(targets: list[str] | str | None, model: ModelConfig) -> tupl
     """Tree paths of the linear layers that `target_modules` names, in the order of the tree.
 
     A name matches a module whose path is it or ends with it; a string is "all-linear" (all but the head) or a regular
-    expression for the whole path. Raises UserError: lora-target-unknown, lora-target-unsupported.
+    expression for the whole path. Raises UserError: lora-target-unknown, -unsupported, -needed, lora-option-invalid.
     """
     return tuple(target.path for target in lora_spec(LoraConfig(target_modules=targets), model).targets)
 
@@ -96,7 +96,7 @@ def _names(config: LoraConfig, model: ModelConfig) -> list[str] | re.Pattern[str
     if targets is None:
         if model.model_type not in DEFAULT_TARGETS:
             raise UserError(
-                "lora-target-unknown",
+                "lora-target-needed",
                 f"PEFT has no target_modules of its own for the family {model.model_type}. Name them, such as q_proj and v_proj.",
             )
         return list(DEFAULT_TARGETS[model.model_type])
@@ -111,7 +111,7 @@ def _names(config: LoraConfig, model: ModelConfig) -> list[str] | re.Pattern[str
         return compiled
     if not isinstance(targets, (list, tuple)) or not targets or not all(isinstance(name, str) for name in targets):
         raise UserError(
-            "lora-target-unknown",
+            "lora-option-invalid",
             f"target_modules is {targets!r}; expected names, {ALL_LINEAR!r} or a regular expression.",
         )
     for name in targets:
@@ -182,7 +182,7 @@ def _in_layers(config: LoraConfig, module: str) -> bool:
 def saved_leaves(config: LoraConfig, model: ModelConfig) -> tuple[str, ...]:
     """Paths of the leaves of the modules that `modules_to_save` names: those whose path ends with the name (PEFT's rule), and all in them.
 
-    Raises UserError: lora-target-unknown (no module), lora-target-unsupported (one that is tied, a router, or some layers' alone).
+    Raises UserError: lora-target-unknown (no module), lora-target-tied, lora-target-unsupported (a router, or some layers' alone).
     """
     leaves = [path for path in parameter_shapes(model) if path.rpartition(".")[2] not in LEAVES]
     found = set()
@@ -190,7 +190,7 @@ def saved_leaves(config: LoraConfig, model: ModelConfig) -> tuple[str, ...]:
         if model.tie_word_embeddings and name.rpartition(".")[2] in ("embed_tokens", "lm_head"):
             if not config.ensure_weight_tying:
                 raise UserError(
-                    "lora-target-unsupported",
+                    "lora-target-tied",
                     f"modules_to_save names {name}, but the model ties its head to its embedding, and a copy of one of them would untie "
                     "them. Add ensure_weight_tying=True, which trains the one matrix for both, or leave the name out.",
                 )
@@ -236,14 +236,14 @@ def _compiled(option: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise UserError("lora-target-unknown", f"{option} {pattern!r} is no regular expression: {error}.") from None
+        raise UserError("lora-option-invalid", f"{option} {pattern!r} is no regular expression: {error}.") from None
 
 
 def _no_linear(name: str, linears: list[str]) -> UserError:
     last = name.rpartition(".")[2]
     if last == "lm_head":
         return UserError(
-            "lora-target-unsupported",
+            "lora-target-tied",
             "target_modules names lm_head, but the model ties it to its embedding: an adapter on it would change both.",
         )
     if last in ("embed_tokens", "norm", "q_norm", "k_norm") or last.endswith("layernorm"):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_dpo.errors import named
 from jax_dpo.report import format as fmt
 from jax_dpo.report import summary
 from jax_dpo.report.charts import Chart, Line, Marker, Series, draw
@@ -94,7 +95,10 @@ def warnings(run: Run) -> Markup | None:
     for places, names in alike.items():
         first = ", ".join(f"{s:,}" for s in places[:5]) + (f" and {len(places) - 5:,} more" if len(places) > 5 else "")
         found.append(
-            f"Not finite at step {first}: {', '.join(names)}. Lower the learning rate, or clip tighter (max_grad_norm)."
+            named(
+                "metrics-not-finite",
+                f"Not finite at step {first}: {', '.join(names)}. Lower the learning rate, or clip tighter (max_grad_norm).",
+            )
         )
     return section("warnings", "Warnings", el("ul", *(el("li", w) for w in found))) if found else None
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jax_dpo.errors import named
 from jax_dpo.report import format as fmt
 from jax_dpo.report.records import Record
 from jax_dpo.report.trend import slope_text
@@ -207,9 +208,11 @@ def nonfinite_text(record: Record) -> str:
     step, rows, what = record.get("step"), record.get("rows"), record.get("what")
     if what == "evaluation":
         where = "" if step is None else f"step {fmt.whole(step)}: "
-        return f"{where}held-out pairs whose numbers are not finite, counted all the same: {rows}"
+        return named(
+            "evaluation-not-finite", f"{where}held-out pairs whose numbers are not finite, counted all the same: {rows}"
+        )
     made = f"the pairs that made it: {rows}" if what == "loss" else f"no pair is faulty by itself; its pairs: {rows}"
-    return f"step {fmt.whole(step)} skipped: its {what} is not finite ({made})"
+    return named("step-skipped", f"step {fmt.whole(step)} skipped: its {what} is not finite ({made})")
 
 
 def action_text(action: Record) -> str:

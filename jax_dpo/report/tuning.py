@@ -68,7 +68,7 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
     ]
     found.append(f"The same run would end {', '.join(others)}.")
     found += [_certainty(report), f"Beta: {p['why_beta']}."]
-    return found + [f"Note: {note}." for note in report["notes"]]
+    return found + [f"Note: {note}" for note in report["notes"]]
 
 
 def _end(kl: float, target: float) -> str:

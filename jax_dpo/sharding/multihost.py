@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jax_dpo.errors import USER_INPUT, UserError
+from jax_dpo.errors import USER_INPUT, UserError, named
 
 # A process that is gone is noticed after this long; JAX then aborts the others.
 HEARTBEAT_SECONDS = 10
@@ -97,8 +97,11 @@ def _give_up(where: str, processes: int | None, process_id: int | None) -> None:
     else:
         found = "not all joined"
     print(
-        f"error: process {process_id if process_id is not None else '?'} of {processes or 'the run'} waited {JOIN_SECONDS} s at {where}: "
-        f"{found}. Start the command on all hosts, each with its own process_id, and open the port between them. [cluster-not-joined]",
+        named(
+            "cluster-not-joined",
+            f"error: process {process_id if process_id is not None else '?'} of {processes or 'the run'} waited {JOIN_SECONDS} s at "
+            f"{where}: {found}. Start the command on all hosts, each with its own process_id, and open the port between them.",
+        ),
         file=sys.stderr,
         flush=True,
     )
@@ -148,9 +151,10 @@ def lost_peer(error: BaseException) -> str | None:
         return None
     if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError") or not _PEER_LOST.search(str(error)):
         return None
-    return (
+    return named(
+        "process-lost",
         f"error: process {jax.process_index()} of {jax.process_count()} ends in the middle of the run because another process is lost "
-        f"({str(error).splitlines()[0][:160]}). {_GO_ON}"
+        f"({str(error).splitlines()[0][:160]}). {_GO_ON}",
     )
 
 
@@ -167,9 +171,10 @@ def _leave_a_word(process_id: int, processes: int) -> None:
     shell = shutil.which("sh")
     if shell is None:
         return
-    text = (
+    text = named(
+        "process-lost",
         f"error: process {process_id} of {processes} has ended in the middle of the run: it was killed, or JAX ended it because "
-        f"another process is lost (not heard of for {HEARTBEAT_SECONDS} s; the lines above name it as a task). {_GO_ON}"
+        f"another process is lost (not heard of for {HEARTBEAT_SECONDS} s; the lines above name it as a task). {_GO_ON}",
     )
     script = 'read -r line || printf "%s\\n" "$0" >&2'
     _shell = subprocess.Popen([shell, "-c", script, text], stdin=subprocess.PIPE, start_new_session=True)

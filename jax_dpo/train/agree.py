@@ -27,7 +27,8 @@ def first_text(text: str) -> str:
 def raise_together(error: Exception | None) -> None:
     """Raise on every process the error that any of them has; a `UserError` stays one."""
     name = error.name if isinstance(error, UserError) else ""
-    text = first_text(f"{name}\n{error}" if error else "")
+    message = error.message if isinstance(error, UserError) else str(error)
+    text = first_text(f"{name}\n{message}" if error else "")
     if error is not None:
         raise error
     if text:

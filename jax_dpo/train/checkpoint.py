@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from jax_dpo.errors import UserError
+from jax_dpo.errors import UserError, named
 from jax_dpo.train import orbax_items
 from jax_dpo.train.agree import first_text, raise_together
 from jax_dpo.train.digest import (
@@ -284,7 +284,7 @@ class Checkpoints:
             free = shutil.disk_usage(self.output_dir).free
         except OSError as error:
             return disk_error(error, self.output_dir, "write") or UserError(
-                "output-directory-unusable", f"{self.output_dir} cannot be used: {error.strerror or error}."
+                "output-dir-unusable", f"{self.output_dir} cannot be used: {error.strerror or error}."
             )
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays.values())
         if free >= needed:
@@ -315,7 +315,9 @@ class Checkpoints:
         try:
             self._rotate(step, protect)
         except Exception as error:  # the new checkpoint is whole: old ones that stay are no reason to end a run
-            self._notes.append(f"Old checkpoints in {self.output_dir} were not deleted: {error}")
+            self._notes.append(
+                named("old-checkpoints-kept", f"Old checkpoints in {self.output_dir} were not deleted: {error}")
+            )
 
     def _move_in(self, step: int) -> None:
         final, replaced = self.path(step), self._hidden(step, "replaced")
@@ -329,7 +331,12 @@ class Checkpoints:
                     number += 1
                     aside = self.output_dir / f"incomplete-{final.name}-{number}"
                 os.rename(final, aside)
-                self._notes.append(f"{final} was not a complete checkpoint of this program: it is now {aside}.")
+                self._notes.append(
+                    named(
+                        "checkpoint-set-aside",
+                        f"{final} was not a complete checkpoint of this program: it is now {aside}.",
+                    )
+                )
         os.rename(self._hidden(step, "saving"), final)
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -345,7 +352,9 @@ class Checkpoints:
             try:
                 self._delete(step)
             except OSError as error:
-                self._notes.append(f"{self.path(step)} could not be deleted: {error.strerror or error}.")
+                self._notes.append(
+                    named("old-checkpoints-kept", f"{self.path(step)} could not be deleted: {error.strerror or error}.")
+                )
 
     def _delete(self, step: int) -> None:
         """Delete a checkpoint that this program made; the rename first, so that no half of it is ever listed."""

@@ -36,7 +36,7 @@ def disk_error(error: BaseException, path: Path, verb: str) -> UserError | None:
             )
         if code in _NO_DIRECTORY:
             return UserError(
-                "output-directory-unusable",
+                "output-dir-unusable",
                 f"{path} cannot be made: a part of this path is a file, not a directory. Set output_dir to another.",
             )
         seen = seen.__cause__ or seen.__context__

@@ -64,4 +64,4 @@ def check_start(
             "run `jax-dpo doctor`, and try bf16 false.",
         )
     if not np.isfinite(math.fsum(v for v in (margin, kl, found["loss"]))):
-        raise UserError("start-check", f"The first numbers of the run are not finite: {found}.")
+        raise UserError("start-not-finite", f"The first numbers of the run are not finite: {found}.")

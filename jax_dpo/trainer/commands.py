@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jax_dpo.config import DPOConfig, ScriptArguments
 from jax_dpo.data.load import Rows, Stream, is_stream, list_splits, load_rows, open_stream, split_rows
 from jax_dpo.data.mixture import Source, load_mixture
-from jax_dpo.errors import GATE_FAILED, OK, STOPPED, Stopped, UserError
+from jax_dpo.errors import GATE_FAILED, OK, STOPPED, Stopped, UserError, named
 from jax_dpo.models.lora import LoraConfig
 from jax_dpo.report.records import Record, json_ready
 from jax_dpo.report.terminal import Quiet, Terminal
@@ -92,13 +92,18 @@ def run_training(script: ScriptArguments, config: DPOConfig) -> int:
     notes, out = [*script.warnings(), *prepare_jax(config)], Path(config.output_dir)
     earlier = _attempts_so_far(out, config)
     while True:
-        said = [f"attempt {len(earlier) + 1}: {earlier[-1].change.text}"] if earlier else []
+        said = [named("attempt-changed", f"attempt {len(earlier) + 1}: {earlier[-1].change.text}")] if earlier else []
         ended = _train_once(script, changed_by(config, earlier) if earlier else config, [*said, *notes])
         change = None
         if ended.code == GATE_FAILED and len(earlier) < script.retry:
             change = next_change(ended.last("verdict"), ended.last("start"), [(a.change, a.options) for a in earlier])
             if change is None:
-                _say(f"no further attempt: nothing of {', '.join(CHANGED)} is left to change for the gate that failed")
+                _say(
+                    named(
+                        "no-further-attempt",
+                        f"no further attempt: nothing of {', '.join(CHANGED)} is left to change for the gate that failed",
+                    )
+                )
         if change is None:
             break
         folder = _primary_does(partial(set_aside, out, change))

@@ -18,7 +18,7 @@ from jax_dpo.config import DPOConfig
 from jax_dpo.data.order import Curriculum
 from jax_dpo.data.pairs import SCORE_COLUMNS
 from jax_dpo.data.ref_logps import RefLogps
-from jax_dpo.errors import UserError
+from jax_dpo.errors import UserError, named
 from jax_dpo.report.records import Record
 from jax_dpo.sharding.multihost import array_from_primary, from_primary, is_primary
 from jax_dpo.trainer.datasets import PairSet
@@ -101,8 +101,11 @@ def arrange(run: Run, compute: Callable[[], Precomputed], start: Start | None) -
         kept = _kept(RefLogps(earlier, key, n))
         if kept is None:
             run.notes.append(
-                f"{earlier} does not hold the gaps of this curriculum: they were made anew, and pairs of nearly equal gaps may stand "
-                "in another order than before."
+                named(
+                    "curriculum-gaps-anew",
+                    f"{earlier} does not hold the gaps of this curriculum: they were made anew, and pairs of nearly equal gaps may stand "
+                    "in another order than before.",
+                )
             )
         gaps = gaps if kept is None else kept
     if gaps is None:
@@ -113,7 +116,11 @@ def arrange(run: Run, compute: Callable[[], Precomputed], start: Start | None) -
     if start is not None and is_primary():
         problem = RefLogps(out / FOLDER, key, n).write(0, np.stack([gaps, np.zeros_like(gaps)], 1))
         if problem is not None:
-            run.notes.append(f"The gaps of the curriculum are not kept for a resumption ({problem}).")
+            run.notes.append(
+                named(
+                    "curriculum-gaps-unkept", f"The gaps of the curriculum are not kept for a resumption ({problem})."
+                )
+            )
     engine.follow(make_curriculum(run.args, gaps))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from jax_dpo.config import DPOConfig
 from jax_dpo.data.load import Rows, is_stream, load_rows
-from jax_dpo.errors import OK, Stopped, UserError
+from jax_dpo.errors import OK, Stopped, UserError, named
 from jax_dpo.policy import Policy, load_model
 from jax_dpo.report.records import Record, RunLog, log_history
 from jax_dpo.report.terminal import Display, Quiet
@@ -139,7 +139,10 @@ class DPOTrainer(TrlSurface):
                 "max_steps must say how long the run is: set it.",
             )
         self.args = replace(self.args, train_sampling_strategy="sequential")
-        self.notes = [*self.notes, "the training data are a stream: pairs are taken in its own order"]
+        self.notes = [
+            *self.notes,
+            named("stream-order", "the training data are a stream: pairs are taken in its own order"),
+        ]
         pairs = self.args.max_steps * make_plan(self.args, 1).pairs_per_step
         return prepare_stream(source, self.tokenizer, self.args, pairs=pairs, progress=self._tokenizing)
 
@@ -334,9 +337,10 @@ class DPOTrainer(TrlSurface):
             except Exception as error:
                 with suppress(Exception):  # the error is what matters, also where the log cannot be written
                     step = max((r["step"] for r in log.records()), default=0)
-                    first, _, rest = str(error).partition("\n")
-                    named = {"error": error.name, "advice": rest} if isinstance(error, UserError) else {}
-                    parts.writers.write({"kind": "end", "step": step, "reason": "error", "message": first, **named})
+                    message = error.message if isinstance(error, UserError) else str(error)
+                    first, _, rest = message.partition("\n")
+                    of_user = {"error": error.name, "advice": rest} if isinstance(error, UserError) else {}
+                    parts.writers.write({"kind": "end", "step": step, "reason": "error", "message": first, **of_user})
                     parts.report()
                 raise
             finally:
@@ -417,7 +421,7 @@ class DPOTrainer(TrlSurface):
 def _check_models(model: Any, ref_model: Any) -> None:
     if model is None:
         raise UserError(
-            "model-missing", "DPOTrainer needs a model: a directory, a GGUF file, a Hub name or a model object."
+            "model-needed", "DPOTrainer needs a model: a directory, a GGUF file, a Hub name or a model object."
         )
     if ref_model is not None and ref_model is model and not isinstance(model, str | Path):
         raise UserError(

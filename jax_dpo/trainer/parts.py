@@ -41,6 +41,7 @@ from jax_dpo.trainer.curriculum import curriculum_record
 from jax_dpo.trainer.datasets import PairSet
 from jax_dpo.trainer.models import parameter_count
 from jax_dpo.trainer.on_policy import on_policy_of
+from jax_dpo.trainer.plan_warnings import plan_warnings
 from jax_dpo.trainer.run import Run
 from jax_dpo.trainer.served import served_warnings
 
@@ -93,32 +94,6 @@ def _whole_batches(pairs: int, size: int) -> int:
             "per_device_train_batch_size, or set dataloader_drop_last to false.",
         )
     return pairs // size * size
-
-
-def plan_warnings(plan: Plan, config: DPOConfig) -> list[str]:
-    """What is odd about steps and epochs."""
-    found = []
-    warmup = warmup_of(config.warmup_steps, plan.total)
-    if warmup >= plan.total and config.lr_scheduler_type != "constant":
-        peak = config.learning_rate * (plan.total - 1) / max(warmup, 1)
-        found.append(
-            f"warm-up ({warmup} steps) outlasts the run ({plan.total} steps): the rate reaches {peak:.2g} of "
-            f"{config.learning_rate:g}. Set warmup_steps to about {max(1, plan.total // 10)}."
-        )
-    by_epochs = total_steps(plan.pairs, plan.micro_batch, plan.accumulation, -1, config.num_train_epochs)
-    if config.max_steps > 2 * by_epochs:
-        epochs = config.max_steps * plan.pairs_per_step / plan.pairs
-        found.append(
-            f"max_steps {config.max_steps} is {epochs:.1f} epochs of {plan.pairs} pairs, more than twice the {by_epochs} steps of "
-            f"num_train_epochs {config.num_train_epochs:g} (max_steps wins). Set max_steps to -1 to train by epochs."
-        )
-    if config.train_sampling_strategy == "curriculum" and plan.total < plan.per_epoch:
-        unused = plan.pairs - plan.total * plan.pairs_per_step
-        found.append(
-            f"the run ends before its first epoch does: the {unused} pairs of the narrowest gap, at the end of the curriculum, are never "
-            f"trained on. An epoch is {plan.per_epoch} steps."
-        )
-    return found
 
 
 def schedule_options(config: DPOConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from jax_dpo.data.batch import Batch
 from jax_dpo.data.loader import Feed, evaluation_batches
 from jax_dpo.data.pairs import REF_COLUMNS
 from jax_dpo.data.ref_logps import RefLogps
-from jax_dpo.errors import Stopped, UserError
+from jax_dpo.errors import Stopped, UserError, named
 from jax_dpo.report.terminal import Display
 from jax_dpo.sharding.multihost import array_from_primary, is_primary
 from jax_dpo.sharding.place import batch_to_devices
@@ -190,7 +190,8 @@ def two_sides(
         try:
             store = RefLogps(kept.directory, kept.key(), n)
             values, known = store.read()
-            notes += [f"Damaged numbers are computed anew: {what} ({file})." for file in store.damaged]
+            for file in store.damaged:
+                notes.append(named("stored-numbers-damaged", f"Damaged numbers are computed anew: {what} ({file})."))
         except UserError as problem:
             error = problem
     raise_together(error)
@@ -212,7 +213,10 @@ def two_sides(
                 )
     if unkept is not None:
         notes.append(
-            f"{what[0].upper()}{what[1:]} are not kept for the next run, which will compute them again ({unkept})."
+            named(
+                "stored-numbers-unkept",
+                f"{what[0].upper()}{what[1:]} are not kept for the next run, which will compute them again ({unkept}).",
+            )
         )
     return Precomputed(values, found, notes)
 

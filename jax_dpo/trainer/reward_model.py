@@ -25,7 +25,7 @@ from jax_dpo.data.load import Loaded, Rows, digest
 from jax_dpo.data.loader import Feed
 from jax_dpo.data.pairs import Pair, layout_of, read_pair
 from jax_dpo.data.prepare import DataOptions, prepare
-from jax_dpo.errors import UserError
+from jax_dpo.errors import UserError, named
 from jax_dpo.ops.attention.api import choose
 from jax_dpo.policy import Policy
 from jax_dpo.report.terminal import Display
@@ -235,7 +235,11 @@ def _read(
     if not facts.chat and facts.explicit and getattr(tokenizer.loaded, "chat_template", None):
         rows, reading = _as_turns(rows, config), Reading(TRL)
         notes.append(
-            f"The reward model {path} has a chat template, so it was given each prompt as a user's turn and each answer as an assistant's."
+            named(
+                "reward-model-chat",
+                f"The reward model {path} has a chat template, so it was given each prompt as a user's turn and each answer as "
+                "an assistant's.",
+            )
         )
     read = prepare(
         rows,
@@ -259,8 +263,11 @@ def _read(
     most, longest = model.files.config.max_position_embeddings, read.pairs.sequence_lengths().max(1)
     if (longest > most).any():
         notes.append(
-            f"{int((longest > most).sum())} pairs are longer than the {most} tokens that the reward model {path} was made for "
-            "(max_position_embeddings); it was given them whole."
+            named(
+                "reward-model-length",
+                f"{int((longest > most).sum())} pairs are longer than the {most} tokens that the reward model {path} was made for "
+                "(max_position_embeddings); it was given them whole.",
+            )
         )
     return PairSet(read, share_prompt=True), notes
 

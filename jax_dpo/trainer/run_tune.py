@@ -14,7 +14,7 @@ import numpy as np
 from jax_dpo.config import DPOConfig, ScriptArguments
 from jax_dpo.data.atomic import replacing
 from jax_dpo.data.load import is_stream, split_rows
-from jax_dpo.errors import OK, UserError
+from jax_dpo.errors import OK, UserError, named
 from jax_dpo.report.records import Record, json_ready
 from jax_dpo.report.terminal import Quiet
 from jax_dpo.report.tuning import TuneScreen
@@ -100,7 +100,10 @@ def _built(
     if held_out is None:
         train, held_out = _hold_out(train, options.pairs, args.seed, script.dataset_name)
         notes.append(
-            f"there are no held-out pairs, so {len(held_out)} training rows were held out of the trials; the run itself trains on them"
+            named(
+                "tune-held-out",
+                f"there are no held-out pairs, so {len(held_out)} training rows were held out of the trials; the run itself trains on them",
+            )
         )
     run = DPOTrainer(
         model=script.model_name_or_path,
@@ -119,7 +122,7 @@ def _built(
     notes += run.notes
     name, data = next(iter(run.eval_sets.items()))
     if name is not None and len(run.eval_sets) > 1:
-        notes.append(f"of the evaluation sets, {name} is measured")
+        notes.append(named("tune-one-set", f"of the evaluation sets, {name} is measured"))
     at = np.unique(np.linspace(0, len(data) - 1, min(options.pairs, len(data))).astype(int))
     planned = make_plan(run.args, len(run.train_set) + len(data)) if own else run.plan
     return run, Some(data, at), planned
@@ -143,15 +146,24 @@ def _left_out(config: DPOConfig) -> list[str]:
     found = []
     if acting:
         found.append(
-            f"the trials were made without {' and '.join(acting)}: at the proposed rate there should be nothing for it to do"
+            named(
+                "tune-without",
+                f"the trials were made without {' and '.join(acting)}: at the proposed rate there should be nothing for it to do",
+            )
         )
     if config.train_sampling_strategy == "curriculum":
         found.append(
-            "the trials took the pairs in random order, since the first ones of a curriculum stand for no later ones"
+            named(
+                "tune-without",
+                "the trials took the pairs in random order, since the first ones of a curriculum stand for no later ones",
+            )
         )
     if config.precompute_ref_log_probs:
         found.append(
-            "the trials had the reference beside the policy (precompute_ref_log_probs false), since they measure the KL of every step"
+            named(
+                "tune-without",
+                "the trials had the reference beside the policy (precompute_ref_log_probs false), since they measure the KL of every step",
+            )
         )
     return found
 

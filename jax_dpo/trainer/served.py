@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from jax_dpo.config import DPOConfig
+from jax_dpo.errors import named
 from jax_dpo.models.lora import LoraConfig, LoraSpec
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -24,11 +25,14 @@ def served_warnings(lora: LoraSpec | None, asked: LoraConfig | None, config: DPO
     if max(target.rank for target in lora.targets) > RANKS[-1]:
         found.append(f"a rank above {RANKS[-1]}")
     if found:
-        return [f"vLLM does not load adapters with {' or '.join(found)}; {way_out}"]
+        return [named("adapter-not-served", f"vLLM does not load adapters with {' or '.join(found)}; {way_out}")]
     if asked is not None and _own_scales(lora, asked):
         return [
-            "vLLM does not read rank_pattern and alpha_pattern: it would serve every layer of this adapter at the scale of lora_alpha and "
-            f"r, another model than the one trained, without a word; as it was trained {way_out}"
+            named(
+                "adapter-served-otherwise",
+                "vLLM does not read rank_pattern and alpha_pattern: it would serve every layer of this adapter at the scale of "
+                f"lora_alpha and r, another model than the one trained, without a word; as it was trained {way_out}",
+            )
         ]
     return []
 

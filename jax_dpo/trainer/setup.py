@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jax_dpo.config import DPOConfig
 from jax_dpo.config.places import compile_cache
+from jax_dpo.errors import named
 from jax_dpo.sharding.multihost import join
 
 
@@ -22,7 +23,9 @@ def prepare_jax(config: DPOConfig) -> list[str]:
     directory = compile_cache(config.compile_cache_dir)
     problem = _unusable(directory)
     if problem:
-        return [f"compiled programs are not kept for the next run: {directory} {problem}"]
+        return [
+            named("compile-cache-unusable", f"compiled programs are not kept for the next run: {directory} {problem}")
+        ]
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

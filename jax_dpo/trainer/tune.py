@@ -19,7 +19,7 @@ import numpy as np
 
 from jax_dpo.config import DPOConfig
 from jax_dpo.data.loader import StepBatch
-from jax_dpo.errors import Stopped, UserError
+from jax_dpo.errors import Stopped, UserError, named
 from jax_dpo.report.records import Record
 from jax_dpo.sharding.mesh import row_shards
 from jax_dpo.train.evaluate import EvalSet, evaluate
@@ -288,7 +288,11 @@ def report_of(tuner: Tuner, found: Found, *, seconds: float, notes: list[str]) -
         w for w in proposed.warnings(adapter=adapter, data_parallel=shards) if w.startswith(("learning_rate", "beta "))
     ]
     if found.capped:
-        outside.append("trials above this rate had trouble, so it is lower than the KL alone would allow")
+        outside.append(
+            named(
+                "tune-rate-capped", "trials above this rate had trouble, so it is lower than the KL alone would allow"
+            )
+        )
     return {
         "version": version("jax-dpo"),
         "model": run.pairing.policy.title,

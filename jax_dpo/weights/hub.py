@@ -23,7 +23,7 @@ def name_of(path: Path) -> str:
 def snapshot(name: str, revision: str | None) -> Path:
     """The local snapshot of a repository: from the cache where it is complete and the network is missing, else fetched.
 
-    Raises UserError: hub-unreachable, hub-not-found.
+    Raises UserError: hub-unreachable, hub-not-found, hub-gated.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -42,7 +42,7 @@ def snapshot(name: str, revision: str | None) -> Path:
         )
     except GatedRepoError:
         raise UserError(
-            "hub-not-found",
+            "hub-gated",
             f"The Hub gives out {at} only to those who accepted its terms: accept them there, then log in with `hf auth login`.",
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError):

@@ -36,7 +36,7 @@ def open_model(path: str | Path) -> ModelFiles:
 def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path:
     """The local path of a model: itself if it is there, else the snapshot of that name on the Hugging Face Hub.
 
-    Raises UserError: model-missing (no such path, and no name of the Hub), hub-unreachable, hub-not-found.
+    Raises UserError: model-missing (no such path, and no name of the Hub), hub-unreachable, hub-not-found, hub-gated.
     """
     path = Path(name_or_path).expanduser()
     name = str(name_or_path)

@@ -35,6 +35,8 @@ def test_check_names_rows_and_shows_a_pair(model: Path, data: Path, tmp_path: Pa
     assert ended.code == 0, ended.err
     for word in ("rows read 5, kept 3", "row 4", "identical", "row 5", "invalid", "prompt", "chosen"):
         assert word in ended.out
+    (warning,) = [line for line in ended.out.splitlines() if "left out as invalid" in line]
+    assert warning.endswith("[rows-invalid]")  # as errors print theirs
 
 
 def test_evaluate_gives_the_numbers_of_the_run(run: Path, model: Path, data: Path) -> None:

@@ -486,7 +486,7 @@ def test_a_path_below_a_file(tmp_path: Path) -> None:
         assert checkpoints.steps() == []
         with pytest.raises(UserError, match="is a file, not a directory") as error:
             checkpoints.save(1, on_mesh(host_state(), None), {}, {})
-    assert error.value.name == "output-directory-unusable"
+    assert error.value.name == "output-dir-unusable"
 
 
 def test_a_directory_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
