@@ -24,25 +24,35 @@ from jax_dpo.sharding.tables import lookup, parts_of
 from jax_dpo.train.state import Facts, Frozen
 
 
-def scored_states(
-    facts: Facts, config: ModelConfig, params: Tree, batch: Batch, mesh: Mesh, **options: Any
+def states(
+    config: ModelConfig, params: Tree, batch: Batch, mesh: Mesh, attention: str, **options: Any
 ) -> tuple[jax.Array, list[Any]]:
-    """Hidden states [R, K, D] where the scored tokens are predicted, and what was watched of the routers."""
-    constrain = partial(jax.lax.with_sharding_constraint, shardings=activations(mesh))
-    hidden, watched = forward(
+    """Hidden states [R, T, D] of a packed batch, laid out over the mesh, and what was watched of the routers."""
+    return forward(
         config,
         params,
         batch.tokens,
         batch.positions,
         batch.pair,
         batch.branch,
-        constrain=constrain,
+        constrain=_constrained(mesh),
         lookup=lookup(mesh),
         experts=spread_experts(mesh, everywhere),
-        implementation=facts.attention,
+        implementation=attention,
         **options,
     )
-    return constrain(jnp.take_along_axis(hidden, batch.source[..., None], axis=1)), watched
+
+
+def _constrained(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return partial(jax.lax.with_sharding_constraint, shardings=activations(mesh))
+
+
+def scored_states(
+    facts: Facts, config: ModelConfig, params: Tree, batch: Batch, mesh: Mesh, **options: Any
+) -> tuple[jax.Array, list[Any]]:
+    """Hidden states [R, K, D] where the scored tokens are predicted, and what was watched of the routers."""
+    hidden, watched = states(config, params, batch, mesh, facts.attention, **options)
+    return _constrained(mesh)(jnp.take_along_axis(hidden, batch.source[..., None], axis=1)), watched
 
 
 def statistics(

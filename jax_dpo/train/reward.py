@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,12 +11,9 @@ from jax.sharding import Mesh
 
 from jax_dpo.data.batch import BRANCHES, Batch
 from jax_dpo.models.config import ModelConfig
-from jax_dpo.models.decoder import forward, precision
-from jax_dpo.models.experts import everywhere
-from jax_dpo.sharding.experts import spread_experts
+from jax_dpo.models.decoder import precision
 from jax_dpo.sharding.mesh import replicated
-from jax_dpo.sharding.rules import activations
-from jax_dpo.sharding.tables import lookup
+from jax_dpo.train.forward import states
 
 
 def last_tokens(batch: Batch, pad_id: int | None) -> jax.Array:
@@ -39,22 +35,10 @@ def make_reward_pass(
     config: ModelConfig, mesh: Mesh, *, compute_dtype: str, attention: str, pad_id: int | None
 ) -> Callable[[Mapping[str, Any], jax.Array, Batch], tuple[jax.Array, jax.Array]]:
     """The jitted `(params, head [1, D], batch [R, ...]) -> (pairs [R, S], rewards [R, S, 2])`, float32, on every process."""
-    constrain = partial(jax.lax.with_sharding_constraint, shardings=activations(mesh))
 
     def run(params: Mapping[str, Any], head: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         with precision(compute_dtype):
-            hidden, _ = forward(
-                config,
-                params,
-                batch.tokens,
-                batch.positions,
-                batch.pair,
-                batch.branch,
-                constrain=constrain,
-                lookup=lookup(mesh),
-                experts=spread_experts(mesh, everywhere),
-                implementation=attention,
-            )
+            hidden, _ = states(config, dict(params), batch, mesh, attention)
             last = last_tokens(batch, pad_id)
             rows, slots, sides = last.shape
             ends = jnp.take_along_axis(hidden, last.reshape(rows, slots * sides, 1), axis=1)

@@ -76,6 +76,16 @@ def test_it_loads_nothing_and_is_valid(page: Page) -> None:
     assert policy.startswith("default-src 'none';")
 
 
+def test_runs_that_sampled_answers_have_the_kl_along_them(tmp_path: Path) -> None:
+    plain, detailed = (
+        runs.write(tmp_path / name, r)
+        for name, r in (("plain", runs.healthy()), ("detailed", runs.in_detail(runs.healthy())))
+    )
+    title = 'id="chart-eval-kl-on-policy"'
+    assert title in write_comparison([plain, detailed], tmp_path / "a.html").read_text()
+    assert title not in write_comparison([plain, plain], tmp_path / "b.html").read_text()
+
+
 def test_two_bounds_are_two_lines(tmp_path: Path) -> None:
     def bounded(target: float) -> Path:
         first, *rest = runs.healthy()
