@@ -16,6 +16,10 @@ rules are read here:
   beta has changed since, the learning rate is halved as well. Rolling back to one and the same step is done three times
   at most (a start that is over the bound itself would be gone back to for ever); after that the rollback is replaced by
   halving the learning rate.
+- A rollback from a KL far over the bound halves the learning rate as often as brings the KL below the bound, if it grows with
+  the square of the rate (as the KL does with the distance, near the reference): else a rate that is many times too high would
+  take a way there and back for each halving.
+- After the last step only a rollback can still hold the bound, so it is its turn then, without patience or quiet.
 - A KL that is not finite means parameters that no learning rate mends: it goes straight to `rollback` where that is in
   `kl_actions`, without patience or quiet.
 - A controller (`controllers.py`) comes first and acts at every judgement whose KL is finite.
@@ -29,7 +33,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from jax_dpo.train.controllers import BETA_RANGE, Controller, Setting
+from jax_dpo.train.controllers import AIM, BETA_RANGE, Controller, Setting
 
 KL_ACTIONS = ("halve_lr", "raise_beta", "rollback")
 EVAL, TRAIN = JUDGED_ON = ("eval", "train")
@@ -158,7 +162,14 @@ class ControlState:
 
 
 def react(
-    state: ControlState, rules: KLControl, *, kl: float, step: int, good_step: int = 0, judged_on: str = EVAL
+    state: ControlState,
+    rules: KLControl,
+    *,
+    kl: float,
+    step: int,
+    good_step: int = 0,
+    judged_on: str = EVAL,
+    last: bool = False,
 ) -> tuple[ControlState, list[Action]]:
     """What a judgement of the KL leads to.
 
@@ -166,13 +177,14 @@ def react(
         kl: nats per token, of the evaluation at `step` or of the window of train steps that ends there.
         good_step: the step of the newest checkpoint whose KL held the bound; 0 is the start.
         judged_on: which of the two it is.
+        last: whether no step follows.
 
     Returns:
         The state from now on, and the actions to carry out, in order. A rollback is always the last.
     """
     if step <= 0:
         return state, []
-    turn = _Turn(state, rules, kl, step, good_step, judged_on)
+    turn = _Turn(state, rules, kl, step, good_step, judged_on, last)
     if rules.controller is not None and math.isfinite(kl):
         turn.follow(rules.controller)
     if rules.actions:
@@ -184,12 +196,12 @@ class _Turn:
     """One judgement's worth of decisions, gathered into a new state and a list of actions."""
 
     def __init__(
-        self, state: ControlState, rules: KLControl, kl: float, step: int, good_step: int, judged_on: str
+        self, state: ControlState, rules: KLControl, kl: float, step: int, good_step: int, judged_on: str, last: bool
     ) -> None:
         self.state, self.rules = state, rules
         self.actions: list[Action] = []
         self.kl, self.target_kl, self.step, self.good_step = kl, rules.target_kl, step, good_step
-        self.judged_on = judged_on
+        self.judged_on, self.last = judged_on, last
         self.seen = f"KL {kl:.4g} at step {step}"
         if judged_on == TRAIN:
             self.seen = f"mean KL {kl:.4g} of the train steps {max(step - rules.window, 0) + 1} to {step}"
@@ -208,20 +220,22 @@ class _Turn:
         self._note(controller.kind, f"{reason}: {option} from {old:.4g} to {new.value:.4g}", option, old, new.value)
 
     def judge(self) -> None:
-        state, finite = self.state, math.isfinite(self.kl)
-        if self.kl <= self.target_kl or (finite and self.step < state.quiet_until):
+        state, at_once = self.state, self.last or not math.isfinite(self.kl)
+        if self.kl <= self.target_kl or (not at_once and self.step < state.quiet_until):
             self.state = replace(state, over=0)
             return
         self.state = replace(state, over=state.over + 1)
         names = self.rules.actions
         order = [(state.turn + offset) % len(names) for offset in range(len(names))]
-        if not finite:
+        if at_once:
             order.sort(key=lambda index: names[index] != "rollback")
         for index in order:
             name = names[index]
+            if self.last and name != "rollback":
+                continue
             if self.state.counts.get(name, 0) >= self.rules.most.get(name, math.inf):
                 continue
-            if finite and self.state.over < self.rules.patience.get(name, 1):
+            if not at_once and self.state.over < self.rules.patience.get(name, 1):
                 return
             if self._take(name):
                 at = self.good_step if self.actions[-1].kind == "rollback" else self.step
@@ -233,14 +247,15 @@ class _Turn:
         """Takes an action; False where it is at its end."""
         return {"halve_lr": self._halve_lr, "raise_beta": self._raise_beta, "rollback": self._rollback}[name]()
 
-    def _halve_lr(self, because: str = "") -> bool:
+    def _halve_lr(self, because: str = "", times: int = 1) -> bool:
         controls = self.state.controls
-        scale = controls.learning_rate_scale * HALVE
-        if scale < LEAST_LEARNING_RATE_SCALE:
+        if controls.learning_rate_scale * HALVE < LEAST_LEARNING_RATE_SCALE:
             return False
+        scale = max(controls.learning_rate_scale * HALVE**times, LEAST_LEARNING_RATE_SCALE)
         old, new = (self.state.learning_rate * factor for factor in (controls.learning_rate_scale, scale))
         self._set(replace(controls, learning_rate_scale=scale))
-        reason = f"{self.over}: learning rate halved from {old:.3g} to {new:.3g}{because}"
+        often = f"halved {times} times" if times > 1 else "halved"
+        reason = f"{self.over}: learning rate {often} from {old:.3g} to {new:.3g}{because}"
         self._note("halve_lr", reason, "learning_rate", old, new)
         return True
 
@@ -256,18 +271,25 @@ class _Turn:
         state, to = self.state, self.good_step
         times = state.rollbacks + 1 if state.rollback_step == to else 1
         if times > ROLLBACKS_TO_ONE_STEP:
-            return self._halve_lr(
+            return not self.last and self._halve_lr(
                 f", in place of another rollback to step {to}, which {ROLLBACKS_TO_ONE_STEP} did not help"
             )
-        if state.changed_at <= to and not self._halve_lr(
-            ": going back with the same values would end in the same place"
-        ):
+        unchanged, asked = state.changed_at <= to, self._halvings()
+        because = ": going back with the same values would end in the same place"
+        if asked:
+            because = f", as a KL {self.kl / self.target_kl:.3g} times the bound asks for"
+        halvings = max(asked, int(unchanged))
+        if halvings and not self._halve_lr(because, halvings) and unchanged:
             return False
         # The change is in force from the checkpoint on: there is nothing new about it for a second rollback to there.
         self.state = replace(self.state, changed_at=to, rollback_step=to, rollbacks=times)
         where = f"checkpoint-{to}, the last within the bound" if to else "the start: no checkpoint held the bound"
         self._note("rollback", f"{self.over}: back to {where}", "step", self.step, to)
         return True
+
+    def _halvings(self) -> int:
+        """How often the learning rate must be halved for the KL to end below the bound, if it grows with the rate's square."""
+        return max(math.floor(0.5 * math.log2(self.kl / (AIM * self.target_kl))), 0) if math.isfinite(self.kl) else 0
 
     def _set_beta(self, kind: str, new: float, reason: str) -> None:
         old = self.state.controls.beta

@@ -322,7 +322,13 @@ class Loop:
         progress = self.progress
         good_step = max((s for s in progress.saved if s in progress.good), default=0)
         progress.control, actions = react(
-            progress.control, self.parts.control, kl=kl, step=progress.step, good_step=good_step, judged_on=judged_on
+            progress.control,
+            self.parts.control,
+            kl=kl,
+            step=progress.step,
+            good_step=good_step,
+            judged_on=judged_on,
+            last=progress.step == self.parts.plan.total,
         )
         for action in actions:
             self._write("kl_action", action.record())

@@ -55,7 +55,8 @@ def test_the_mean_of_the_window_is_judged(usual: dict[str, Any], tmp_path: Path)
     tiny.jax_dpo("train", *tiny.flags({**options, "logging_steps": 2}), "--output_dir", tmp_path / "window")
     actions = tiny.records(tmp_path / "each", "kl_action")
     means = {r["step"]: r["kl_divergence"] for r in tiny.records(tmp_path / "window", "train")}
-    assert {a["step"]: a["kl"] for a in actions} == pytest.approx({s: kl for s, kl in means.items() if kl > 0.03})
+    over = {s: kl for s, kl in means.items() if kl > 0.03 and s < 6}  # after the last step no halving does anything
+    assert {a["step"]: a["kl"] for a in actions} == pytest.approx(over)
     assert len(actions) >= 2
     each = tiny.records(tmp_path / "each", "train")
     at = actions[0]["step"]

@@ -23,7 +23,7 @@ def start(beta: float = 0.1) -> ControlState:
 def one(
     state: ControlState, kl: float, actions: Sequence[str] = STANDARD, **more: Any
 ) -> tuple[ControlState, list[Action]]:
-    at = {name: more.pop(name) for name in ("step", "good_step", "judged_on") if name in more}
+    at = {name: more.pop(name) for name in ("step", "good_step", "judged_on", "last") if name in more}
     return react(state, KLControl(0.1, tuple(actions), **more), kl=kl, **{"step": 10, **at})
 
 
@@ -117,6 +117,56 @@ def test_rollback_goes_to_the_start_where_no_checkpoint_held_the_bound() -> None
 )
 def test_rollback_never_repeats_itself(kls: list[float], expected: list[list[str]]) -> None:
     assert simulate(kls, ["rollback"])[1] == expected
+
+
+def test_a_rollback_from_far_over_the_bound_halves_as_often_as_the_kl_asks_for() -> None:
+    """KL like the square of the rate: 4 times the aim (0.09) needs one halving, 16 times two, and so on."""
+    changed = ControlState(Controls(1.0, 0.1, 1.0), 1e-6, 0.1, changed_at=5)
+    for kl, halvings in ((0.2, 0), (0.359, 0), (0.361, 1), (1.43, 1), (1.45, 2), (23.1, 4)):
+        state, done = one(changed, kl, ["rollback"])
+        assert state.controls.learning_rate_scale == 0.5**halvings
+        assert [a.kind for a in done] == ["halve_lr"] * (halvings > 0) + ["rollback"]
+    state, (halved, _) = one(start(), 23.1, ["rollback"])
+    assert state.controls.learning_rate_scale == 0.5**4 and "halved 4 times from 1e-06 to 6.25e-08" in halved.reason
+    state, _ = one(start(), 1e9, ["rollback"])
+    assert state.controls.learning_rate_scale == 1 / 1024
+    assert one(start(), math.nan, ["rollback"])[0].controls.learning_rate_scale == 0.5
+
+
+def test_after_the_last_step_only_a_rollback_helps() -> None:
+    held = {"patience": {"rollback": 9}, "cooldown": {"halve_lr": 99}}
+    state, (first,) = one(start(), HIGH, step=10, **held)
+    assert first.kind == "halve_lr" and one(state, HIGH, step=20, **held)[1] == []
+    _, done = one(state, HIGH, step=20, last=True, **held)
+    assert [a.kind for a in done] == ["rollback"]
+    assert one(start(), HIGH, ["halve_lr", "raise_beta"], last=True)[1] == []
+    assert one(start(), LOW, last=True)[1] == []
+    state = start()
+    for _ in range(3):
+        state, done = one(state, HIGH, step=10, last=True)
+        assert done[-1].kind == "rollback"
+    assert one(state, HIGH, step=10, last=True)[1] == [], "three to one step, then the run ends as it is"
+
+
+@pytest.mark.parametrize("times", [1.0, 1.5, 3.0, 6.0, 13.0, 30.0, 100.0])
+@pytest.mark.parametrize("power", [1.5, 2.0, 2.5])
+def test_a_run_at_any_rate_ends_within_the_bound(times: float, power: float) -> None:
+    """A plant: the KL is a power of the way, each step's length is the rate times a cosine schedule, evaluations at 6, 12, 18 and 24. At
+    rate 1 it just reaches 0.09."""
+    schedule = [0.5 + 0.5 * math.cos(math.pi * k / 24) for k in range(24)]
+    unit = 0.09 ** (1 / power) / sum(schedule)
+    state, step, way, good, taken = start(), 0, 0.0, {0: 0.0}, 0
+    while step < 24:
+        way += sum(schedule[step : step + 6]) * times * unit * state.controls.learning_rate_scale
+        step, taken = step + 6, taken + 6
+        if way**power <= 0.1:
+            good[step] = way
+        state, done = one(state, way**power, step=step, good_step=max(good), last=step == 24)
+        if done and done[-1].kind == "rollback":
+            step = max(good)
+            way = good[step]
+    assert way**power <= 0.1
+    assert taken <= 4 * 24
 
 
 def test_a_start_over_the_bound_ends() -> None:
