@@ -42,7 +42,7 @@ lint: $(stamp)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# docs/options.md and docs/from-trl.md out of the options themselves
+# docs/options.md and docs/from-trl.md out of the options themselves, docs/troubleshooting.md out of the messages
 docs: $(stamp)
 	$(python) scripts/options_page.py
 

@@ -1,4 +1,5 @@
-"""docs/options.md, made from the options themselves. `make docs` writes it, and docs/from-trl.md; tests hold them to the code."""
+"""docs/options.md, made from the options themselves. `make docs` writes it, and docs/from-trl.md
+and docs/troubleshooting.md; tests hold them to the code."""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ def cell(text: str) -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(PAGE.parents[1]))
-    from scripts import from_trl_page
+    from scripts import from_trl_page, troubleshooting_page
 
     PAGE.write_text(page(), encoding="utf-8")
     from_trl_page.PAGE.write_text(from_trl_page.page(), encoding="utf-8")
+    sys.exit(troubleshooting_page.main())

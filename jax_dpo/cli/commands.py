@@ -233,7 +233,8 @@ _TUNE_NOTE = (
 )
 _EXIT_NOTE = (
     "Exit codes: 0 done and gates passed, 1 unexpected, 2 the input is wrong, 3 trained but a gate failed, 75 stopped by a signal "
-    "after saving (the same command with --resume_from_checkpoint auto goes on)."
+    "after saving (the same command with --resume_from_checkpoint auto goes on). The word in brackets behind an error or a warning is its "
+    "entry in docs/troubleshooting.md."
 )
 
 COMMANDS: Mapping[str, Command] = {

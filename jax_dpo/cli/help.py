@@ -23,6 +23,7 @@ def overview(commands: Mapping[str, Command]) -> str:
     lines += [f"  {command.name:<10} {command.summary}" for command in commands.values()]
     lines += ["", "examples:", *(f"  {command.examples[0]}" for command in commands.values())]
     lines += ["", "`jax-dpo COMMAND --help` lists the options of a command; `jax-dpo --version` tells the version."]
+    lines += ["The word in brackets behind an error or a warning is its entry in docs/troubleshooting.md."]
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jax_dpo.config import DPOConfig
 from jax_dpo.data.tokens import TokenizedPairs
-from jax_dpo.errors import UserError
+from jax_dpo.errors import UserError, named
 from jax_dpo.policy import Policy
 from jax_dpo.trainer.datasets import Tokenizer
 from jax_dpo.weights.model_files import ModelFiles
@@ -83,8 +83,11 @@ def chat_warnings(
         cut = [f"{mark} ({n})" for mark, n in pieces.items() if n > 1]
         if cut:
             found.append(
-                f"the chat template writes marks that this tokenizer cuts into several tokens: {', '.join(cut)}. They are "
-                "trained as that text."
+                named(
+                    "template-marks-cut",
+                    f"the chat template writes marks that this tokenizer cuts into several tokens: {', '.join(cut)}. They are "
+                    "trained as that text.",
+                )
             )
     return found
 
@@ -105,12 +108,21 @@ def _unstopped(pairs: TokenizedPairs, name: str, tokenizer: Any, files: ModelFil
         share = "the answers end" if count == len(pairs) else f"{count:,} of {len(pairs):,} answers end"
         if end is None:
             found.append(
-                f"{name}: {share} without a token that tells a server to stop. Let the chat template write one after each answer."
+                named(
+                    "answers-without-stop",
+                    f"{name}: {share} without a token that tells a server to stop. Let the chat template write one after each "
+                    "answer.",
+                )
             )
         elif end not in stops:
             token = tokenizer.convert_ids_to_tokens(end)
             what = f"no stop token ({where} has {stops}, the tokenizer {tokenizer.eos_token_id}): servers go on there"
             if end == tokenizer.eos_token_id:
                 what = f"the tokenizer's eos_token but not in {where} ({stops}): transformers goes on there, vLLM stops"
-            found.append(f"{name}: {share} with {token} (id {end}), which is {what}. eos_token: '{token}' adds it.")
+            found.append(
+                named(
+                    "stop-token-missing",
+                    f"{name}: {share} with {token} (id {end}), which is {what}. eos_token: '{token}' adds it.",
+                )
+            )
     return found
