@@ -12,7 +12,7 @@ from typing import Any
 
 from jax_dpo import _NOT_HERE
 from jax_dpo.config import DPOConfig, ScriptArguments
-from jax_dpo.config.advice import ADVICE, PYTHON_ADVICE, VALUE_ADVICE
+from jax_dpo.config.advice import ADVICE, PYTHON_ADVICE, VALUE_ADVICE, Workers
 from jax_dpo.config.fields import Advice, SameAs, default_of, show
 from jax_dpo.trainer.trl_surface import ARGUMENTS, ATTRIBUTES
 from scripts.options_page import cell
@@ -144,6 +144,8 @@ def taken(words: str) -> str:
     """The values that ask for nothing, as the end of a sentence."""
     if not isinstance(words, Advice) or not words.values:
         return "."
+    if isinstance(words, Workers):
+        return ". Any number is taken: it changes nothing of the result."
     shown = ", ".join(f"`{show(value)}`" for value in words.values)
     return f". Taken: {shown}."
 

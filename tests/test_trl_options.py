@@ -107,8 +107,8 @@ def test_what_has_no_answer_by_value_is_refused_whatever_it_is() -> None:
     ("argv", "words"),
     [
         (["--push_to_hub"], 'found "true", which is not an option here: nothing is uploaded'),
-        (["--dataloader_num_workers", "4"], 'found "4", which is not an option here'),
-        (["--dataset-num-proc=8"], "tokenization is batched"),
+        (["--dataloader_num_workers", "-4"], 'found "-4", which is not an option here'),
+        (["--dataset-num-proc=many"], "tokenization is batched"),
         (["--torch_dtype", "bfloat16"], "bf16: true computes in bfloat16"),
         (["--no_remove_unused_columns", "--load_in_4bit"], "load an unquantised model"),
     ],
@@ -121,9 +121,18 @@ def test_a_command_line_that_asks_for_something_is_answered(argv: list[str], wor
 
 
 def test_a_command_line_that_asks_for_nothing_is_taken() -> None:
-    argv = ["--push_to_hub", "false", "--no_remove_unused_columns", "--dataloader_num_workers", "0", "--dtype=float32"]
+    argv = [
+        "--push_to_hub",
+        "false",
+        "--no_remove_unused_columns",
+        "--dataloader_pin_memory",
+        "true",
+        "--dtype=float32",
+    ]
     argv += ["--gradient_checkpointing_kwargs", '{"use_reentrant": false}', "--no-load-in-4bit", "--beta", "0.2"]
+    argv += ["--dataset_num_proc", "8", "--dataloader_num_workers=4"]  # how work is shared changes no result
     assert parse(argv) == (ScriptArguments(), DPOConfig(beta=0.2))
+    assert DPOConfig(dataset_num_proc=8, dataloader_num_workers=4) == DPOConfig()
 
 
 def test_scripts_can_ask_what_is_in_effect() -> None:

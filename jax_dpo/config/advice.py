@@ -7,7 +7,9 @@ and transformers 5.24.
 
 from __future__ import annotations
 
-from jax_dpo.config.fields import Advice, SameAs
+from typing import Any
+
+from jax_dpo.config.fields import Advice, SameAs, Unreadable, coerce
 
 _LATER = "not in this version"
 _AUTOMATIC = "leave it out; jax_dpo decides this by itself"
@@ -19,6 +21,22 @@ _PATCH = "leave it out; the exact memory-saving path is always on"
 _BITS = "weights are trained in float32 or bfloat16; load an unquantised model"
 _RECOMPUTE = "leave it out; gradient_checkpointing: true recomputes each layer"
 _FORMAT = "the data's format is recognised from its columns; leave it out"
+
+
+class Workers(Advice):
+    """How many processes share some work: any number is taken, since it changes nothing of the result. Its value is the default's."""
+
+    @property
+    def hint(self) -> Any:
+        return int | None
+
+    def takes(self, value: Any) -> bool:
+        try:
+            count = coerce(value, self.hint)
+        except Unreadable:
+            return False
+        return count in self.values or (isinstance(count, int) and not isinstance(count, bool) and count >= 0)
+
 
 ADVICE: dict[str, str] = {
     # Renamed, or said in another way now.
@@ -85,7 +103,7 @@ ADVICE: dict[str, str] = {
     "base_model_attribute_name": _AUTOMATIC,
     "use_liger_loss": _PATCH,
     "use_liger_kernel": Advice(_PATCH, False),
-    "dataset_num_proc": Advice(
+    "dataset_num_proc": Workers(
         "leave it out; tokenization is batched and its result is kept in dataset_cache_dir", None
     ),
     "dataset_kwargs": _FORMAT,
@@ -168,7 +186,7 @@ ADVICE: dict[str, str] = {
     "ddp_static_graph": Advice(_MESH, None, False),
     "ddp_timeout": Advice(_MESH, 1800),
     "tpu_num_cores": _MESH,
-    "dataloader_num_workers": Advice(_LOADER, 0),
+    "dataloader_num_workers": Workers(_LOADER, 0),
     "dataloader_prefetch_factor": Advice(_LOADER, None),
     "dataloader_persistent_workers": Advice(_LOADER, False),
     "dataloader_pin_memory": Advice(_LOADER, True, False),

@@ -16,6 +16,7 @@ from jax_dpo.data.check import CUT, DROP_REASONS, TOO_LONG, Drop, check_drop_row
 from jax_dpo.data.formats import AS_GIVEN, AUTO, Reading
 from jax_dpo.data.load import Rows, load_rows
 from jax_dpo.data.pairs import PAIR_COLUMNS, REF_ALIASES, REF_COLUMNS
+from jax_dpo.data.repeats import repeats
 from jax_dpo.data.tokenize import tokenize_rows, tokenizer_fingerprint
 from jax_dpo.data.tokens import MOVED, Facts, TokenizedPairs, TokenTable
 from jax_dpo.data.turns import ALL
@@ -313,7 +314,7 @@ def _warnings(
                 f"{options.max_prompt_length}.",
             )
         )
-    return found + _split_warnings(pairs, name) + _column_warnings(table.facts, name)
+    return found + _split_warnings(pairs, name) + _repeat_warnings(pairs, name) + _column_warnings(table.facts, name)
 
 
 def _split_warnings(pairs: TokenizedPairs, name: str) -> list[str]:
@@ -365,6 +366,20 @@ def _column_warnings(facts: Facts, name: str) -> list[str]:
             )
         )
     return found
+
+
+def _repeat_warnings(pairs: TokenizedPairs, name: str) -> list[str]:
+    """One for each side of which one text is half or more."""
+    rows = pairs.table.number[pairs.kept]
+    return [
+        named(
+            "answers-repeat",
+            f"{name}: one text is {repeat.share} of the {repeat.side} answers, first in row {rows[repeat.pair]}. A model tells such "
+            "pairs apart by that text alone: the loss falls to 0 and the accuracy rises to 1, whatever was preferred. Judge by "
+            "held-out pairs without it.",
+        )
+        for repeat in repeats(pairs)
+    ]
 
 
 def _count(n: int) -> str:

@@ -48,6 +48,7 @@ def about(run: Run) -> Markup:
         *(("Order", text) for text in summary.order_sentences(start)),
         ("Devices", summary.device_sentence(start)),
         ("Plan", summary.plan_sentence(start)),
+        *(("Readers", str(text)) for text in part(start, "model").get("readers") or ()),
     ]
     if run.resumes:
         rows.append(("Resumed", ", ".join(f"from {r.get('from')} at step {r['step']:,}" for r in run.resumes)))

@@ -41,8 +41,25 @@ def cluster_found() -> str | None:
     return None
 
 
+def _from_environment() -> tuple[str, int, int] | None:
+    """JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID where all three are set; JAX itself reads the first alone."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, processes, process_id = (os.environ.get(name, "") for name in names)
+    if not address or not processes or not process_id:
+        return None
+    if not processes.isdigit() or not process_id.isdigit():
+        raise UserError(
+            "cluster-options",
+            f"JAX_NUM_PROCESSES is {processes!r} and JAX_PROCESS_ID {process_id!r}: both must be whole numbers, the first the same "
+            "for every process, the second its own, from 0 on.",
+        )
+    return address, int(processes), int(process_id)
+
+
 def join(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
     """Joins the run's other processes, once; does nothing where there is only this one.
+
+    Where no argument is given, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID stand for them.
 
     Raises:
       UserError: options that are given only in part. Where not all processes come in JOIN_SECONDS the process ends, saying so.
@@ -50,6 +67,8 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None)
     import jax
 
     told = (coordinator, processes, process_id)
+    if all(x is None for x in told) and (found := _from_environment()) is not None:
+        coordinator, processes, process_id = told = found
     cluster = cluster_found()
     if all(x is None for x in told) and cluster is None:
         return
@@ -79,7 +98,9 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None)
     except Exception as e:
         raise UserError(
             "cluster-not-joined",
-            f"The processes of this run cannot be joined at {coordinator or f'the coordinator of {cluster}'}: {e}",
+            f"The processes of this run cannot be joined at {coordinator or f'the coordinator of {cluster}'}: {e} Give "
+            "every process --coordinator_address, --num_processes and its own --process_id (or JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID).",
         ) from e
     finally:
         clock.cancel()
@@ -87,8 +108,21 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None)
         _leave_a_word(jax.process_index(), jax.process_count())
 
 
+def _recognised() -> tuple[str | None, int | None, int | None]:
+    """What JAX has found out by itself (address, processes, this one's id), where it says so."""
+    try:
+        from jax._src.distributed import global_state as state
+
+        return state.coordinator_address, state.num_processes or None, state.process_id
+    except (ImportError, AttributeError):  # no public name tells it before all have joined
+        return None, None, None
+
+
 def _give_up(where: str, processes: int | None, process_id: int | None) -> None:
     """Says who is missing and ends the process, which is waiting inside JAX and could not be told."""
+    if processes is None:
+        address, processes, process_id = _recognised()
+        where = address or where
     joined = _connections(where) if process_id == 0 else None
     if process_id not in (0, None) and not _answers(where):
         found = "nobody answers there, so process 0 is not running, or a firewall closes the port"

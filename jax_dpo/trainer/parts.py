@@ -43,7 +43,7 @@ from jax_dpo.trainer.models import parameter_count
 from jax_dpo.trainer.on_policy import on_policy_of
 from jax_dpo.trainer.plan_warnings import plan_warnings
 from jax_dpo.trainer.run import Run
-from jax_dpo.trainer.served import served_warnings
+from jax_dpo.trainer.served import reader_notes, served_warnings
 
 # Share of the measured matmul rate that a step reaches, for the time that is announced before the first step.
 EXPECTED_EFFICIENCY = {"cpu": 0.55, "gpu": 0.35, "tpu": 0.35}
@@ -367,6 +367,7 @@ def start_record(run: Run) -> Record:
             "trainable_parameters": trained,
             "dtype": policy.files.dtype,
             "compute_dtype": engine.dtype,
+            "readers": reader_notes(run.tokenizer.files),
         },
         "reference": reference_sentence(run),
         "data": {"train": sets["train"].data.counts, "eval": held_out},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 
 from jax_dpo.config import DPOConfig
 from jax_dpo.errors import named
@@ -42,3 +44,22 @@ def _own_scales(lora: LoraSpec, asked: LoraConfig) -> bool:
     usual = asked.lora_alpha / (math.sqrt(asked.r) if asked.use_rslora else asked.r)
     used = (scale for t in lora.targets for rank, scale in zip(t.ranks, t.scales) if rank)
     return any(not math.isclose(scale, usual) for scale in used)
+
+
+def reader_notes(files: Mapping[str, bytes]) -> list[str]:
+    """What older readers cannot do with the tokenizer's files, which leave a run as they came. `files` by name."""
+    try:
+        config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    except ValueError:
+        return []
+    if not isinstance(config, dict):
+        return []
+    why = []
+    if isinstance(config.get("extra_special_tokens"), list):
+        why.append("extra_special_tokens is a list")
+    if config.get("tokenizer_class") in ("TokenizersBackend", "SentencePieceBackend"):
+        why.append(f"tokenizer_class is {config['tokenizer_class']}")
+    if not why:
+        return []
+    text = f"transformers 4 does not load this tokenizer, before the run or after it: {' and '.join(why)}, as transformers 5 writes it"
+    return [named("tokenizer-not-for-transformers-4", text)]

@@ -89,6 +89,7 @@ def test_tokenizer_list(start_of: Callable[..., Path]) -> None:
         additional_special_tokens=["<|im_start|>"],
     )
     out = one_step(model)
+    assert "transformers 4 does not load this tokenizer" not in (out.parent / "report.html").read_text()
     same_files(model, out, ["tokenizer_config.json", "tokenizer.json"])
     assert AutoTokenizer.from_pretrained(str(out))("<|im_start|>user\nhi<|im_end|>\n")["input_ids"] == [
         1,
@@ -100,6 +101,14 @@ def test_tokenizer_list(start_of: Callable[..., Path]) -> None:
         2,
         201,
     ]
+
+
+def test_tokenizer_list_of_transformers_5(start: Path) -> None:
+    """The form that 4.56 does not load, before and after: said in the report."""
+    out = one_step(start)
+    same_files(start, out, ["tokenizer_config.json", "tokenizer.json"])
+    said = "transformers 4 does not load this tokenizer, before the run or after it: extra_special_tokens is a list"
+    assert said in (out.parent / "report.html").read_text()
 
 
 def test_sampling_without_do_sample(start_of: Callable[..., Path]) -> None:

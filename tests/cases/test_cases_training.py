@@ -190,3 +190,28 @@ def test_copied_checkpoint() -> None:
     assert ended.code in (0, 3), ended.err
     assert before <= {path.relative_to("copy") for path in Path("copy").rglob("*") if path.is_file()}
     assert {"checkpoint-10", "checkpoint-15"} <= set(tiny.checkpoints(Path("copy")))
+
+
+def test_trivial_pairs_are_named() -> None:
+    """gradients-ai/G.O.D#1344: every rejected answer is one refusal."""
+    said = tiny.jax_dpo("check", "trivial-pairs.jsonl", "--model", "START").out
+    assert "one text is 100 % (24 of 24) of the rejected answers, first in row 1" in said
+
+
+@pytest.mark.slow
+def test_trivial_pairs() -> None:
+    """The training looks like a success; it is called saturated, and held-out pairs without that text decide."""
+    held_out = {"eval_dataset": "pairs40.jsonl", "eval_strategy": "epoch", "eval_on_start": "true"}
+    ended = train("remainder.yaml", dataset_name="trivial-pairs.jsonl", num_train_epochs=2, **held_out)
+    assert ended.code == 3, ended.err
+    assert logged("rewards/accuracies")[-3:] == [1, 1, 1] and logged("loss")[-1] < 0.1 * logged("loss")[0]
+    verdict = json.loads((Path("out") / "verdict.json").read_text())
+    assert "saturated-accuracy" in [f["name"] for f in verdict["findings"]]
+    last = tiny.records(Path("out"), "eval")[-1]
+    gates = {gate["name"]: gate for gate in verdict["gates"]}
+    assert (
+        gates["margin"]["value"] == last["eval_rewards/margins"] and gates["kl"]["value"] == last["eval_kl_divergence"]
+    )
+    page = (Path("out") / "report.html").read_text()
+    assert "saturated-accuracy" in page and "None of the known diseases was found" not in page
+    assert "one text is 100 % (24 of 24) of the rejected answers" in page
