@@ -281,6 +281,10 @@ def _word(node: ast.AST) -> str:
             return _word(value)
         case ast.Call(func=ast.Name(id="len" | "int" | "sum")):
             return "number"
+        case ast.Call(func=ast.Attribute(attr="get"), args=[ast.Constant(value=str(key)), *_]):
+            return key.replace("_", " ")
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="jax"), attr=attr)):
+            return attr.replace("_", " ")
         case ast.Call(func=ast.Name(id="name_rows")) | ast.Call(func=ast.Attribute(attr="row_names")):
             return "rows"
         case ast.Call(func=ast.Name(id="_count")):
