@@ -15,10 +15,11 @@ from jax_dpo.errors import UserError
 from jax_dpo.models.config import ModelConfig
 from jax_dpo.models.lora import LoraConfig
 from jax_dpo.weights.export import write_model
+from jax_dpo.weights.grow import TABLES, grow
 from jax_dpo.weights.hub import name_of
 from jax_dpo.weights.leaves import InMemory, Leaf
 from jax_dpo.weights.objects import is_model_object, object_adapter, open_object
-from jax_dpo.weights.peft import Adapter, adapter_base, new_adapter, read_adapter, write_adapter
+from jax_dpo.weights.peft import Adapter, adapter_base, new_adapter, read_adapter, rows_of_adapter, write_adapter
 from jax_dpo.weights.peft import merge as merge_adapter
 from jax_dpo.weights.source import ModelFiles, open_model, resolve_model
 from jax_dpo.weights.tokenizer_files import read_tokenizer_files
@@ -102,6 +103,15 @@ class Policy:
                 "Give the model without its adapter, or leave peft_config out to train the one that is there.",
             )
 
+    def with_rows(self, rows: int) -> Policy:
+        """The same model with at least `rows` rows for tokens, see `weights.grow`; an adapter on it stays as it is."""
+        if rows <= self.config.vocab_size:
+            return self
+        files = grow(self.files, rows)
+        tables = {path: files.leaves[path] for path in TABLES if path in files.leaves}
+        config = replace(self.config, vocab_size=files.config.vocab_size)
+        return replace(self, files=files, leaves={**self.leaves, **tables}, config=config)
+
     def base(self) -> Policy:
         """The model without its adapter."""
         lora = self.config.lora
@@ -160,7 +170,7 @@ def load_model(
             policy = replace(policy.with_adapter(there), adapter=f"{type(model).__name__} in memory")
     if adapter is None:
         return policy
-    policy = _with_files_of(policy, Path(adapter))
+    policy = _with_files_of(policy, Path(adapter)).with_rows(rows_of_adapter(Path(adapter)))
     return replace(policy.with_adapter(read_adapter(adapter, policy.config)), adapter=str(adapter))
 
 

@@ -105,6 +105,8 @@ OWN_DEFAULTS: dict[str, Any] = {
     "completion_turns": "all",
     "chat_template_path": None,
     "eos_token": None,
+    "added_special_tokens": [],
+    "added_tokens": [],
     "template_in_tokenizer_config": False,
     "overlong": "cut",
     "ref_log_probs_columns": False,

@@ -248,16 +248,18 @@ def run_check(script: ScriptArguments, config: DPOConfig) -> int:
     from jax_dpo.data.summary import check_report
     from jax_dpo.policy import load_model
     from jax_dpo.trainer.chat import chat_warnings, fit
-    from jax_dpo.trainer.datasets import data_options
+    from jax_dpo.trainer.datasets import check_token_ids, data_options
 
     policy = load_model(script.model_name_or_path, revision=script.model_revision)
-    policy, tokenizer = fit(policy, script.tokenizer_name_or_path, config)
+    fitted = fit(policy, script.tokenizer_name_or_path, config)
+    policy, tokenizer = fitted.policy, fitted.tokenizer
     data = prepare(
         _train_rows(script),
         lambda: tokenizer.loaded,
         tokenizer_key=tokenizer.fingerprint,
         options=data_options(config),
     )
+    check_token_ids(data, tokenizer)
     data.warnings.extend(chat_warnings(data.pairs, data.name, tokenizer, policy.files, config))
     print(check_report(data, tokenizer.loaded if len(data.pairs) else None))
     data.require_pairs()

@@ -31,6 +31,7 @@ class Tokenizer:
 
     def __init__(self, given: Any, policy: Policy, changes: TokenizerChanges = UNCHANGED) -> None:
         self._given, self._policy, self._changes = given, policy, changes
+        self.rows = policy.config.vocab_size  # that the model has for tokens
 
     @property
     def _object(self) -> Any:
@@ -233,9 +234,22 @@ def prepare_set(
         name=name,
         progress=progress,
     )
+    check_token_ids(data, tokenizer)
     if not may_be_empty:
         data.require_pairs()
     return PairSet(data, config.share_prompt)
+
+
+def check_token_ids(data: PreparedData, tokenizer: Tokenizer) -> None:
+    """Raises UserError where the model has no row for a token of the data."""
+    most = int(data.pairs.table.ids.max(initial=-1))
+    if most >= tokenizer.rows:
+        token = tokenizer.loaded.convert_ids_to_tokens(most)
+        raise UserError(
+            "token-without-row",
+            f"{data.name}: the tokenizer gives {token} the id {most}, but the model has {tokenizer.rows} rows. If the token was "
+            f"added to the tokenizer, added_special_tokens: ['{token}'] gives it a row; else the tokenizer is another model's.",
+        )
 
 
 def prepare_stream(

@@ -94,11 +94,13 @@ class DPOTrainer(TrlSurface):
         self.callbacks = list(callbacks or [])
         policy = load_model(model, revision=revision)
         self.args = args or DPOConfig(f"{policy.name}-DPO")
-        policy, self.tokenizer = fit(policy, processing_class if processing_class is not None else tokenizer, self.args)
-        self.pairing = pair_models(policy, ref_model, peft_config, revision=revision, seed=self.args.seed)
+        fitted = fit(policy, processing_class if processing_class is not None else tokenizer, self.args)
+        self.tokenizer, reference = fitted.tokenizer, fitted.reference(ref_model, revision)
+        adapter = fitted.adapter(peft_config)
+        self.pairing = pair_models(fitted.policy, reference, adapter, revision=revision, seed=self.args.seed)
         if self.args.sync_ref_model:
             check_sync(self.pairing)
-        self.notes = prepare_jax(self.args)
+        self.notes = [*prepare_jax(self.args), *fitted.notes(peft_config)]
         self.reward_model = None if train_dataset is None else reward_model_of(self.args, reward_model)
         self.train_set = self._training_pairs(train_dataset)
         self.eval_sets = prepare_evaluation(eval_dataset, self.tokenizer, self.args)

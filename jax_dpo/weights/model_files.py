@@ -21,7 +21,7 @@ class ModelFiles:
 
     `leaves` has exactly the paths of `parameter_shapes(config)`. `dtype` is that of most of the numbers ("float32",
     "bfloat16", "float16"; "float32" for a GGUF file, whose weights are dequantised). `generation_config` is the file's
-    content, None where there is none. `altered`: a run changed generation_config, so that it is not the one that lies at `path`.
+    content, None where there is none. `altered`: generation_config or the number of tokens is not that of what lies at `path`.
     """
 
     path: Path

@@ -124,6 +124,18 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
     return assemble(config, spec, model, read_header(path / WEIGHTS), str(path / WEIGHTS))
 
 
+def rows_of_adapter(path: Path) -> int:
+    """Tokens of the embedding or head that an adapter's file holds whole; 0 where it holds neither.
+
+    Raises UserError: safetensors-broken.
+    """
+    if not (path / WEIGHTS).is_file():
+        return 0
+    tensors = read_header(path / WEIGHTS)
+    found = [tensors[name] for name in (PEFT_PREFIX + EMBEDDING, f"{PEFT_PREFIX}lm_head.weight") if name in tensors]
+    return max((tensor.shape[0] for tensor in found), default=0)
+
+
 def assemble(
     config: LoraConfig, spec: LoraSpec, model: ModelConfig, tensors: Mapping[str, Leaf], where: str
 ) -> Adapter:

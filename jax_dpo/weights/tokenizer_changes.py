@@ -1,4 +1,4 @@
-"""Changes to the files of a tokenizer: another chat template, another end of an answer.
+"""Changes to the files of a tokenizer: another chat template, another end of an answer, more tokens.
 
 Only the values that change are written anew, in the files and keys that are there, so that who could read them before still can:
 what transformers 5 would write of the same tokenizer transformers 4 does not always read.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,15 @@ SUFFIXES = (".jinja", ".jinja2", ".j2")
 class TokenizerChanges:
     """What is to be another in a tokenizer; nothing by default.
 
-    template: the chat template. eos_token: the token that ends an answer; it must be in the vocabulary. template_in_config: the template
-    is written into tokenizer_config.json too, that of the tokenizer itself where no other is given.
+    template: the chat template. eos_token: the token that ends an answer; it must be in the vocabulary or among those that are added.
+    special, plain: tokens that are added where they are not there; the first are left out of decoded text. template_in_config: the
+    template is written into tokenizer_config.json too, that of the tokenizer itself where no other is given.
     """
 
     template: str | None = None
     eos_token: str | None = None
+    special: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
     template_in_config: bool = False
 
     def __bool__(self) -> bool:
@@ -42,7 +45,8 @@ UNCHANGED = TokenizerChanges()
 
 
 def read_template(name: str) -> TokenizerChanges:
-    """The template at a path, as TRL reads it: that of a .jinja file, or template and end-of-sequence token of a directory or Hub name.
+    """The template at a path, as TRL reads it: that of a .jinja file, or template, end-of-sequence token and added tokens of a directory
+    or Hub name.
 
     Raises UserError: chat-template-path (no such file, no text, no template there), what `resolve_model` raises.
     """
@@ -66,7 +70,9 @@ def read_template(name: str) -> TokenizerChanges:
             f"chat_template_path {name} has no chat template (no {TEMPLATE}, none in {CONFIG}). Give one whose tokenizer has "
             "one, or a .jinja file.",
         )
-    return TokenizerChanges(template=template, eos_token=eos_token_of(files))
+    added = _read(files, TOKENIZER).get("added_tokens", [])
+    special, plain = (tuple(t["content"] for t in added if t["special"] == kind) for kind in (True, False))
+    return TokenizerChanges(template, eos_token_of(files), special, plain)
 
 
 def template_of(files: Mapping[str, bytes]) -> str | None:
@@ -95,7 +101,7 @@ def eos_token_of(files: Mapping[str, bytes]) -> str | None:
 def change_files(files: Mapping[str, bytes], changes: TokenizerChanges, where: str) -> dict[str, bytes]:
     """The files with the changes made; those that need none stay byte for byte. `where` the tokenizer lies, for messages.
 
-    Raises UserError: chat-template-missing (`template_in_config` without one), eos-token-unknown.
+    Raises UserError: chat-template-missing (`template_in_config` without one), eos-token-unknown, tokenizer-broken.
     """
     found = dict(files)
     template = changes.template if changes.template is not None else template_of(found)
@@ -111,6 +117,10 @@ def change_files(files: Mapping[str, bytes], changes: TokenizerChanges, where: s
         changes.template_in_config or (changes.template is not None and "chat_template" in _read(found, CONFIG))
     ):
         _set(found, CONFIG, "chat_template", _named(_read(found, CONFIG).get("chat_template"), template))
+    if changes.special or changes.plain:
+        found = _with_tokenizer_json(found, where)
+        for tokens, special in ((changes.special, True), (changes.plain, False)):
+            _add(found, tokens, special)
     if changes.eos_token is not None:
         found = _set_eos(found, changes.eos_token, where)
     return found
@@ -166,33 +176,45 @@ def _set_eos(files: dict[str, bytes], token: str, where: str) -> dict[str, bytes
         raise UserError(
             "eos-token-unknown",
             f"eos_token {token!r} is no token of the tokenizer of {where}. Name one that it has "
-            "(on a command line in quotes).",
+            "(on a command line in quotes), or add it: added_special_tokens.",
         )
-    _mark(found, token, ids[token])
+    _mark(found, {token: ids[token]}, special=True)
     _set(found, CONFIG, "eos_token", token)
     if "eos_token" in _read(found, SPECIALS):
         _set(found, SPECIALS, "eos_token", token)
     return found
 
 
-def _mark(files: dict[str, bytes], token: str, number: int) -> None:
-    """A word of the vocabulary as a token that is never cut, where it is not one yet."""
+def _add(files: dict[str, bytes], tokens: Sequence[str], special: bool) -> None:
+    """Tokens as transformers' `add_tokens` numbers them: after all that are there."""
+    content, ids = _read(files, TOKENIZER), token_ids(files)
+    numbers = [entry["id"] for entry in content.get("added_tokens", [])]
+    first = max(len(content["model"]["vocab"]), max(numbers, default=-1) + 1)
+    new = [token for token in dict.fromkeys(tokens) if token not in ids]
+    _mark(files, {t: ids[t] for t in tokens if t in ids} | {t: first + i for i, t in enumerate(new)}, special)
+
+
+def _mark(files: dict[str, bytes], tokens: Mapping[str, int], special: bool) -> None:
+    """Tokens, by their ids, as such that are never cut, where they are none yet."""
     content = _read(files, TOKENIZER)
-    if any(entry["content"] == token for entry in content["added_tokens"]):
-        return
-    entry = {
-        "content": token,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
+    there = {entry["content"] for entry in content["added_tokens"]}
+    flags: dict[str, Any] = {"single_word": False, "lstrip": False, "rstrip": False}
+    flags |= {"normalized": not special, "special": special}
+    new: dict[int, dict[str, Any]] = {
+        number: {"content": token, **flags} for token, number in tokens.items() if token not in there
     }
-    content["added_tokens"] = sorted([*content["added_tokens"], {"id": number, **entry}], key=lambda e: int(e["id"]))
+    if not new:
+        return
+    entries = [*content["added_tokens"], *({"id": number, **entry} for number, entry in new.items())]
+    content["added_tokens"] = sorted(entries, key=lambda entry: int(entry["id"]))
     files[TOKENIZER] = _dump(content)
     decoder = _read(files, CONFIG).get("added_tokens_decoder")
     if decoder is not None:
-        _set(files, CONFIG, "added_tokens_decoder", {**decoder, str(number): entry})
+        _set(files, CONFIG, "added_tokens_decoder", {**decoder, **{str(number): e for number, e in new.items()}})
+    if "added_tokens.json" in files:
+        files["added_tokens.json"] = _dump(
+            _read(files, "added_tokens.json") | {entry["content"]: number for number, entry in new.items()}
+        )
 
 
 def _with_tokenizer_json(files: Mapping[str, bytes], where: str) -> dict[str, bytes]:

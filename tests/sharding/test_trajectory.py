@@ -85,6 +85,17 @@ def test_meshes_take_the_same_steps_with_an_adapter(mesh: tuple[int, int, int]) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, {"modules_to_save": ["embed_tokens", "lm_head"]}])
+def test_meshes_take_the_same_steps_with_a_vocabulary_that_nothing_divides(lora: bool | dict[str, Any]) -> None:
+    """259 tokens, as after three were added: both tables stay whole along `tensor`."""
+    shape = tiny.shape_of(vocab_size=259)
+    want = tiny.run(tiny.engine_on(ONE, lora=lora, shape=shape, adam_epsilon=EPSILON))
+    found = tiny.run(tiny.engine_on((2, 2, 2), lora=lora, shape=shape, adam_epsilon=EPSILON))
+    check_start(found)
+    check_same(found, want)
+
+
+@pytest.mark.slow
 def test_meshes_take_the_same_steps_with_a_rich_adapter() -> None:
     """DoRA in some layers, ranks that differ, embedding and head trained whole."""
     want = tiny.run(tiny.engine_on(ONE, lora=tiny.RICH, adam_epsilon=EPSILON))

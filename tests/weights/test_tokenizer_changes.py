@@ -124,3 +124,42 @@ def test_stop_lists(
     """None: the file stays byte for byte, or absent."""
     found = stop_at(generation, config, token)
     assert found == generation if expected is None else json.loads(found or b"") == expected
+
+
+def test_added_tokens_are_those_that_transformers_adds(tmp_path: Path) -> None:
+    """Oracle: `add_tokens` of transformers on the tokenizer in memory: the same ids for the same text, in the same order."""
+    from tokenizers import AddedToken
+
+    files = with_config(added_tokens_decoder={}) | {"added_tokens.json": b'{"<|im_end|>": 2}'}
+    vocabulary = json.loads(files["tokenizer.json"])["model"]["vocab"]
+    word = max((w for w in vocabulary if w.isalpha()), key=len)
+    special, plain = ("<|turn|>", "<|im_end|>", "<|turn|>"), ("<think>", word)
+    changed = change_files(files, TokenizerChanges(special=special, plain=plain), "x")
+    ours = loaded(changed, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(str(CHATML))
+    theirs.add_tokens([AddedToken("<|turn|>", special=True, normalized=False)])
+    theirs.add_tokens([AddedToken("<think>"), AddedToken(word)])
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert (ours.convert_tokens_to_ids("<|turn|>"), ours.convert_tokens_to_ids("<think>"), len(ours)) == (512, 513, 514)
+    text = f"a<|turn|>{word} <think>b</think><|im_end|>x{word}"
+    ids = ours(text)["input_ids"]
+    assert ids == theirs(text)["input_ids"]
+    for skip in (True, False):
+        assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    assert json.loads(changed["added_tokens.json"]) == {
+        "<|im_end|>": 2,
+        "<|turn|>": 512,
+        "<think>": 513,
+        word: vocabulary[word],
+    }
+    assert set(json.loads(changed["tokenizer_config.json"])["added_tokens_decoder"]) == {
+        "512",
+        "513",
+        str(vocabulary[word]),
+    }
+
+
+def test_an_end_may_be_a_token_that_is_added(tmp_path: Path) -> None:
+    files = read_tokenizer_files(CHATML)
+    changed = change_files(files, TokenizerChanges(eos_token="<|stop|>", special=("<|stop|>",)), "x")
+    assert loaded(changed, tmp_path).eos_token_id == 512
