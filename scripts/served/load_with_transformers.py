@@ -24,7 +24,9 @@ ATOL = 2e-4
 def faults(directory: Path, want: dict[str, Any]) -> list[str]:
     """What is wrong with a directory; one sentence each."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(directory), **{_dtype(): torch.float32}).eval()
+        # transformers 4 leaves out Gemma 2's soft cap of attention in any other form.
+        how = {_dtype(): torch.float32, "attn_implementation": "eager"}
+        model = AutoModelForCausalLM.from_pretrained(str(directory), **how).eval()
         with torch.no_grad():
             got = model(torch.tensor([list(want["ids"])])).logits[0]
         found = []
@@ -59,15 +61,15 @@ def main() -> int:
     expected: dict[str, dict[str, Any]] = json.loads((out / "expected.json").read_text())
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     wrong, loaded = 0, 0
+    inputs = {name: faults(out / name, want) for name, want in expected.items() if name.endswith("/base")}
     for name, want in expected.items():
-        family = name.split("/")[0]
-        base = faults(out / family / "base", expected[f"{family}/base"])
+        base = inputs[f"{name.split('/')[0]}/base"]
         if base:
             # An input that this version does not load is not ours to mend; one in its own spelling must load.
             print(f"{'FAIL' if want['old'] else 'skip'}  {name}: its input {base[0]}")
             wrong += want["old"]
             continue
-        found = faults(out / name, want)
+        found = [] if name in inputs else faults(out / name, want)
         print(f"FAIL  {name}: {'; '.join(found)}" if found else f"ok    {name}")
         wrong += bool(found)
         loaded += not found
