@@ -270,11 +270,12 @@ def test_a_run_goes_on_to_the_bit(usual: dict[str, Any], tmp_path: Path, cache: 
 
 
 def test_control_acts_on_the_exact_kl_of_evaluations(evaluated: dict[str, Any], tmp_path: Path) -> None:
-    options = {**evaluated, **BEFORE, "target_kl": 1e-4, "kl_actions": ["raise_beta"], "max_steps": 2}
+    options = {**evaluated, **BEFORE, "target_kl": 1e-4, "kl_actions": ["raise_beta"], "max_steps": 4}
     ended = tiny.jax_dpo("train", *tiny.flags({**options, "output_dir": tmp_path / "out"}))
     assert ended.code == 3
-    evaluation, action = tiny.records(tmp_path / "out", "eval")[-1], tiny.records(tmp_path / "out", "kl_action")[-1]
-    assert action["kl"] == evaluation["eval_kl_divergence"] > 1e-4
+    *_, middle, evaluation = tiny.records(tmp_path / "out", "eval")
+    (action,) = tiny.records(tmp_path / "out", "kl_action")
+    assert action["kl"] == middle["eval_kl_divergence"] > 1e-4
     gates = {g["name"]: g for g in json.loads((tmp_path / "out" / "verdict.json").read_text())["gates"]}
     assert gates["kl"]["status"] == "failed" and gates["kl"]["value"] == evaluation["eval_kl_divergence"]
 
