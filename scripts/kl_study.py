@@ -61,9 +61,10 @@ PENALTIES: dict[str, dict[str, Any]] = {
     "penalty_token_1": {"kl_coef": 1.0, "kl_reduction": "token"},
     "penalty_token_100": {"kl_coef": 100.0, "kl_reduction": "token"},
     "penalty_sequence_0.3": {"kl_coef": 0.3, "kl_reduction": "sequence"},
-    "penalty_sequence_1": {"kl_coef": 1.0, "kl_reduction": "sequence"},
+    "penalty_sequence_1": {"kl_coef": 1.0, "kl_reduction": "sequence"} | SAMPLED,
+    "penalty_and_region": {"kl_coef": 1.0, "kl_reduction": "sequence"} | REGION | SAMPLED,
 }
-"""the penalty alone, at a rate that breaks the bound without it"""
+"""the penalty, at a rate that breaks the bound without it; the last two at the lowest and the highest as well"""
 
 HEAD = """# The study: learning rates up to thirty times too high
 
@@ -122,6 +123,8 @@ def all_runs() -> list[Run]:
     """In the order of what they say most about."""
     every = [Run(control, rate, options=options) for control, options in CONTROLS.items() for rate in RATES]
     every += [Run(control, RATES[2], options=options) for control, options in PENALTIES.items()]
+    ends = [(control, rate) for rate in (RATES[4], RATES[0]) for control in list(PENALTIES)[-2:]]
+    every += [Run(control, rate, options=PENALTIES[control]) for control, rate in ends]
     claims = (("off", RATES[0]), ("trust_region", RATES[4]))  # the best without control, and the hardest with it
     every += [Run(c, rate, seed=seed, options=CONTROLS[c]) for seed in SEEDS[1:] for c, rate in claims]
     betas = (("off", OTHER_BETAS[0]), ("off", OTHER_BETAS[1]), ("trust_region", OTHER_BETAS[0]))
