@@ -22,7 +22,7 @@ def served_warnings(lora: LoraSpec | None, asked: LoraConfig | None, config: DPO
     if lora is None:
         return []
     final = f"{config.output_dir}/final"
-    way_out = f"a merged directory it does: jax-dpo convert {final} {config.output_dir}/merged after the run"
+    way_out = f"it serves the merged directory as it was trained: jax-dpo convert {final} {config.output_dir}/merged after the run"
     found = ["modules_to_save"] * bool(lora.saved) + ["DoRA"] * lora.use_dora
     if max(target.rank for target in lora.targets) > RANKS[-1]:
         found.append(f"a rank above {RANKS[-1]}")
@@ -33,7 +33,7 @@ def served_warnings(lora: LoraSpec | None, asked: LoraConfig | None, config: DPO
             named(
                 "adapter-served-otherwise",
                 "vLLM does not read rank_pattern and alpha_pattern: it would serve every layer of this adapter at the scale of "
-                f"lora_alpha and r, another model than the one trained, without a word; as it was trained {way_out}",
+                f"lora_alpha and r, another model than the one trained, without a word; {way_out}",
             )
         ]
     return []

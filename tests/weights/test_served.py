@@ -161,7 +161,7 @@ def test_what_is_refused_is_said_before_the_run(options: dict[str, Any], rule: s
         found = served_adapter(out, base, max_lora_rank=512)
     except Refused as refused:
         assert refused.rule == rule and len(warnings) == 1 and "vLLM does not" in warnings[0]
-        assert "merged directory it does: jax-dpo convert" in warnings[0]
+        assert "the merged directory as it was trained: jax-dpo convert" in warnings[0]
         served_model(convert(out, tmp_path / "merged"))
     else:
         assert rule is None and warnings == [] and found
