@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_dpo.config import DPOConfig
-from jax_dpo.errors import UserError
+from jax_dpo.errors import UserError, named
 from jax_dpo.report.records import json_ready, read_records
 from jax_dpo.report.terminal import Display
 from jax_dpo.sharding.multihost import from_primary, is_primary
@@ -28,6 +28,8 @@ class Start:
     step: int | None = None
     path: Path | None = None
     finished: bool = False
+    passed_over: tuple[str, ...] = ()
+    """what is wrong with newer checkpoints, a sentence each"""
 
     def restore(self, parts: Parts, abstract: TrainState, notes: list[str]) -> tuple[TrainState, Progress]:
         """State and progress of the checkpoint; what the log says of later steps is taken back. `notes` are for the user to read."""
@@ -38,6 +40,7 @@ class Start:
         progress.keep_saved(parts.checkpoints.steps())
         if self.path is None or self.path.parent.resolve() == parts.checkpoints.output_dir.resolve():
             parts.writers.log.truncate_after(self.step)
+        notes = [*notes, *(named("checkpoint-passed-over", text) for text in self.passed_over)]
         record = {"kind": "resume", "step": self.step, "from": f"checkpoint-{self.step}"}
         parts.display.write(parts.writers.write({**record, "warnings": notes} if notes else record))
         return state, progress
@@ -105,14 +108,20 @@ def _checkpoint(out: Path, wanted: bool | str | Path | None) -> Start:
             return Start(int(checkpoints.read_meta(path)["step"]), path.absolute())
     with Checkpoints(out, save_total_limit=None, primary=is_primary()) as checkpoints:
         found = checkpoints.latest_good()
+    if found.step is None and found.skipped:
+        # To start over would delete what may be of use to somebody.
+        raise UserError(
+            "no-checkpoint-whole",
+            f"No checkpoint of {out} can be gone on from. {' '.join(found.skipped)} To start over: --overwrite_output_dir. To keep it: "
+            "another --output_dir.",
+        )
     if found.step is None and wanted is True:
-        why = " ".join(found.skipped) or "It has no complete checkpoint."
         raise UserError(
             "nothing-to-resume",
-            f"resume_from_checkpoint is true, but there is nothing to go on from in {out}. {why} "
+            f"resume_from_checkpoint is true, but there is nothing to go on from in {out}. It has no complete checkpoint. "
             "Leave it out to start, or write auto to start where there is nothing.",
         )
-    return Start(found.step)
+    return Start(found.step, passed_over=tuple(found.skipped))
 
 
 def _differences(out: Path, run: Mapping[str, Any]) -> list[str]:

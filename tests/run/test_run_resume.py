@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,3 +181,30 @@ def test_a_checkpoint_that_is_named_is_gone_on_from(options: list[str], unbroken
     assert found == expected
     saved, final = (tiny.snapshot(p / "final")["model.safetensors"] for p in (tmp_path / "out", unbroken))
     assert saved == final
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(options: list[str], unbroken: Path, tmp_path: Path) -> None:
+    """And where all are damaged nothing is deleted: the ways out are named."""
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    (out / "verdict.json").unlink()
+    first, *_, newest = sorted(tiny.checkpoints(out))
+
+    def harm(checkpoint: str) -> None:
+        (out / checkpoint / "trainer_state.json").write_text("{")
+
+    harm(newest)
+    ended = tiny.jax_dpo("train", *options, "--output_dir", out)
+    assert ended.code == 0, ended.err
+    (resumed,) = tiny.records(out, "resume")
+    assert resumed["from"] != newest and f"{newest} is passed over" in resumed["warnings"][0]
+    assert "[checkpoint-passed-over]" in ended.out + ended.err
+    assert_equal_to_the_bit(out, unbroken)
+
+    (out / "verdict.json").unlink()
+    for checkpoint in tiny.checkpoints(out):
+        harm(checkpoint)
+    before = tiny.snapshot(out)
+    refused = tiny.jax_dpo("train", *options, "--output_dir", out)
+    assert refused.code == 2 and "--overwrite_output_dir" in refused.err and f"{first} is passed over" in refused.err
+    assert tiny.snapshot(out) == before
