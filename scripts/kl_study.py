@@ -49,11 +49,12 @@ COMMON: dict[str, Any] = {
 }
 ACTIONS: dict[str, Any] = {"kl_actions": ["halve_lr", "raise_beta", "rollback"]}
 REGION: dict[str, Any] = {"kl_trust_region": True}
-SAMPLED: dict[str, Any] = {"eval_on_policy_prompts": 64, "eval_on_policy_tokens": 40}
+SAMPLED: dict[str, Any] = {"eval_on_policy_prompts": 256, "eval_on_policy_tokens": 40, "eval_on_start": True}
+"""at one rate, where the KL goes far without control: for the picture of reward over KL"""
 CONTROLS: dict[str, dict[str, Any]] = {
-    "off": SAMPLED | {"eval_on_start": True},
+    "off": {},
     "actions": ACTIONS,
-    "trust_region": REGION | SAMPLED,
+    "trust_region": REGION,
 }
 """what is switched on, by the name of the control; each is run at every rate"""
 
@@ -61,10 +62,12 @@ PENALTIES: dict[str, dict[str, Any]] = {
     "penalty_token_1": {"kl_coef": 1.0, "kl_reduction": "token"},
     "penalty_token_100": {"kl_coef": 100.0, "kl_reduction": "token"},
     "penalty_sequence_0.3": {"kl_coef": 0.3, "kl_reduction": "sequence"},
-    "penalty_sequence_1": {"kl_coef": 1.0, "kl_reduction": "sequence"} | SAMPLED,
-    "penalty_and_region": {"kl_coef": 1.0, "kl_reduction": "sequence"} | REGION | SAMPLED,
+    "penalty_sequence_1": {"kl_coef": 1.0, "kl_reduction": "sequence"},
+    "penalty_and_region": {"kl_coef": 1.0, "kl_reduction": "sequence"} | REGION,
 }
 """the penalty, at a rate that breaks the bound without it; the last two at the lowest and the highest as well"""
+
+PICTURED = ("off", "trust_region", "penalty_sequence_1")
 
 HEAD = """# The study: learning rates up to thirty times too high
 
@@ -87,9 +90,9 @@ the bound, *highest* that of all that were not rolled back; accuracies have thei
 REWARD = """
 ## Reward against KL
 
-As in the DPO paper (Rafailov et al. 2023, figure 2): at each evaluation the policy answers 64 held-out prompts (temperature 1, up to 40
-tokens), VADER, which never saw the training, scores the answers, and the exact KL along them is measured. The pairs prefer criticism, so
-the reward is minus VADER's compound score (-1 to 1).
+As in the DPO paper (Rafailov et al. 2023, figure 2): at each evaluation the policy gives 256 answers to held-out prompts (temperature 1, up
+to 40 tokens), VADER, which never saw the training, scores the answers, and the exact KL along them is measured. The pairs prefer
+criticism, so the reward is minus VADER's compound score (-1 to 1).
 
 ![Reward of sampled answers over the KL along them](kl-study-reward.svg)
 """
@@ -110,7 +113,8 @@ class Run:
         return f"{self.control}-lr{self.rate:g}-beta{self.beta:g}-seed{self.seed}"
 
     def command(self, folder: Path) -> list[str]:
-        given = {**COMMON, **self.options, "learning_rate": self.rate, "beta": self.beta, "seed": self.seed}
+        sampled = SAMPLED if self.rate == RATES[2] and self.control in PICTURED else {}
+        given = {**COMMON, **self.options, **sampled, "learning_rate": self.rate, "beta": self.beta, "seed": self.seed}
         given |= {"output_dir": folder / self.name, "resume_from_checkpoint": "auto"}
         words: list[str] = []
         for name, value in given.items():

@@ -15,8 +15,13 @@ TITLES = {
     "off": "control off",
     "actions": "actions",
     "trust_region": "trust region",
+    "penalty_sequence_1": "penalty per sequence, kl_coef 1",
+    "penalty_sequence_0.3": "penalty per sequence, kl_coef 0.3",
+    "penalty_token_1": "penalty per token, kl_coef 1",
+    "penalty_token_100": "penalty per token, kl_coef 100",
+    "penalty_and_region": "penalty per sequence, kl_coef 1, and trust region",
 }
-COLOURS = {"off": "#b23b3b", "actions": "#8a6d1f", "trust_region": "#1f6f8a"}
+COLOURS = {"off": "#b23b3b", "actions": "#8a6d1f", "trust_region": "#1f6f8a", "penalty_sequence_1": "#3c7d3c"}
 OF_BETAS = ("#b23b3b", "#7a4a9e", "#d08a2e")
 WIDTH, HEIGHT, GAP = 380.0, 300.0, 20.0
 LEFT, RIGHT, TOP, BOTTOM = 56.0, 14.0, 34.0, 44.0
@@ -143,12 +148,12 @@ def picture(runs: Sequence[Ended]) -> str:
 
 def reward_picture(runs: Sequence[Ended], rate: float) -> str:
     """Reward of sampled answers over the KL along them: a curve for each beta of the run without control at `rate`, its steps in order, and
-    the ends of the runs with a trust region."""
+    the ends of the runs that were held."""
     free = sorted((r for r in runs if r.control == "off" and r.rate == rate), key=lambda r: r.beta)
-    held = [r for r in runs if r.control == "trust_region"]
+    held = [r for r in runs if r.control != "off"]
     start = next(p for r in runs for p in r.points if p.step == 0)
     curves = [[start, *(p for p in r.points if p.step)] for r in free]
-    ends = [(r.beta, r.points[-1]) for r in held]
+    ends = [(r, r.points[-1]) for r in held]
     points = [p for curve in curves for p in curve] + [p for _, p in ends]
     most = math.ceil(max(p.kl + p.kl_se for p in points))
     low, high = (
@@ -175,15 +180,15 @@ def reward_picture(runs: Sequence[Ended], rate: float) -> str:
     for i, (run, curve) in enumerate(zip(free, curves)):
         colour = OF_BETAS[i % len(OF_BETAS)]
         parts.append(_curve([across(p.kl) for p in curve], [(p.reward, p.reward_se) for p in curve], height, colour))
-        parts.append(_label(width - 210, i, f"beta {run.beta:g}, control off", colour, HEIGHT - BOTTOM - 64))
-    for beta, p in ends:
+        parts.append(_label(width - 260, i, f"beta {run.beta:g}, control off", colour, HEIGHT - BOTTOM - 84))
+    for run, p in ends:
         x, y = across(p.kl), height(p.reward)
         shape = f"{x:.1f},{y - 7:.1f} {x + 7:.1f},{y:.1f} {x:.1f},{y + 7:.1f} {x - 7:.1f},{y:.1f}"
-        title = el("title", f"trust region, beta {beta:g}, KL {p.kl:.2f}, reward {p.reward:+.2f}")
-        parts.append(el("polygon", title, points=shape, fill=COLOURS["trust_region"], stroke="#ffffff"))
-    parts.append(
-        _label(width - 210, len(free), "trust region, at the end", COLOURS["trust_region"], HEIGHT - BOTTOM - 64)
-    )
+        title = el("title", f"{TITLES[run.control]}, beta {run.beta:g}, KL {p.kl:.2f}, reward {p.reward:+.2f}")
+        parts.append(el("polygon", title, points=shape, fill=COLOURS.get(run.control, "#444"), stroke="#ffffff"))
+    for i, control in enumerate(dict.fromkeys(r.control for r in held)):
+        words = f"{TITLES[control]}, at the end"
+        parts.append(_label(width - 260, len(free) + i, words, COLOURS.get(control, "#444"), HEIGHT - BOTTOM - 84))
     return _svg(width, parts)
 
 
