@@ -39,6 +39,7 @@ STANDARD: dict[str, Any] = {
     "output_dir": "outputs/dpo_training",
     "target_kl": 0.1,
     "kl_coef": 1.0,
+    "kl_reduction": "sequence",  # what docs/kl-control.md found to serve
     "kl_actions": ["halve_lr", "raise_beta", "rollback"],
     "drop_rows": ["invalid", "empty", "identical", "duplicate", "small_gap"],
 }
