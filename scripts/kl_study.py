@@ -185,7 +185,7 @@ def write_page(found: Sequence[Ended]) -> None:
         text += f"\n## Another beta, other seeds\n\n{table(more, seeds=True)}\n"
     docs = ROOT / "docs"
     (docs / "kl-study.svg").write_text(picture(main_runs), encoding="utf-8")
-    if sampled := [e for e in found if len(e.points) > 1 and e.seed == SEEDS[0]]:
+    if sampled := [e for e in found if len(e.points) > 1 and e.rate == RATES[2]]:
         (docs / "kl-study-reward.svg").write_text(reward_picture(sampled, RATES[2]), encoding="utf-8")
         text += REWARD
     (docs / "kl-study.md").write_text(text, encoding="utf-8")
