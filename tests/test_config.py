@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from jax_dpo.config import DPOConfig, ScriptArguments
+from jax_dpo.config import DPOConfig, ScriptArguments, rules
 from jax_dpo.config.advice import ADVICE, PYTHON_ADVICE, VALUE_ADVICE
 from jax_dpo.config.kl_rules import KL_ACTIONS, KL_JUDGED_ON
 from jax_dpo.config.rules import DATA_FORMATS, DROP_REASONS, LOSS_TYPES, PAIR_COLUMNS, SCHEDULERS
-from jax_dpo.data import check, formats, pairs
+from jax_dpo.data import check, formats, pairs, turns
 from jax_dpo.data.batch import FIELD_OF
 from jax_dpo.errors import UserError
 from jax_dpo.loss.aot import AOT_TYPES
@@ -436,6 +436,9 @@ def test_the_names_known_here_are_those_that_exist_below() -> None:
     }  # the last ones are of a whole micro-batch: the step adds them
     assert set(SCHEDULERS) == set(SCHEDULES)
     assert DATA_FORMATS == formats.DATA_FORMATS
+    assert rules.SYSTEM_TURNS == formats.SYSTEM_TURNS
+    assert rules.COMPLETION_TURNS == turns.COMPLETION_TURNS
+    assert rules.OVERLONG == check.OVERLONG
     assert set(KL_ACTIONS) == set(control.KL_ACTIONS)
     assert set(KL_JUDGED_ON) == set(control.JUDGED_ON)
     assert set(DROP_REASONS) == set(check.DROP_REASONS)

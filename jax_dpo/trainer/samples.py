@@ -17,6 +17,7 @@ from jax_dpo.policy import Policy
 from jax_dpo.sharding.mesh import replicated
 from jax_dpo.train.state import Frozen, TrainState
 from jax_dpo.trainer.run import Run
+from jax_dpo.weights.tokenizer_changes import stops_of
 
 NEW_TOKENS = 64
 TEMPERATURE, TOP_P = 0.7, 0.95
@@ -25,11 +26,8 @@ TEMPERATURE, TOP_P = 0.7, 0.95
 def stop_ids_of(policy: Policy, tokenizer: Any) -> list[int]:
     """Tokens that end an answer: the tokenizer's, and those of generation_config.json and config.json."""
     files = policy.files
-    found = [tokenizer.eos_token_id]
-    for source in (files.hf_config, json.loads(files.generation_config or b"{}")):
-        given = source.get("eos_token_id")
-        found += given if isinstance(given, list) else [given]
-    return sorted({i for i in found if isinstance(i, int) and i >= 0})
+    sources = ({"eos_token_id": tokenizer.eos_token_id}, files.hf_config, json.loads(files.generation_config or b"{}"))
+    return sorted({i for source in sources for i in stops_of(source)})
 
 
 def distinct_prompts(pairs: TokenizedPairs, wanted: int) -> list[list[int]]:
