@@ -155,7 +155,7 @@ def _check_template(tokenizer: Any, path: str) -> None:
             "chat-template-broken",
             f"chat_template_path {path}, line {error.lineno} of the template: {error.message}. Expected a Jinja template.",
         ) from None
-    except Exception:
+    except Exception:  # it may refuse this conversation and take those of the data, whose rows say so themselves
         pass
 
 
