@@ -35,7 +35,7 @@ demo: $(stamp)
 
 # Two processes: most of the time goes into compiling, which takes one core. A file's tests stay together, they share what is dear.
 test: $(stamp)
-	$(python) -m pytest -n 2 --dist loadfile -m "not slow and not browser and not parity"
+	$(python) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not browser and not parity"
 
 lint: $(stamp)
 	$(VENV)/bin/ruff check .

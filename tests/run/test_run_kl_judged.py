@@ -64,6 +64,7 @@ def test_the_mean_of_the_window_is_judged(usual: dict[str, Any], tmp_path: Path)
     assert each[at]["learning_rate"] == 1e-3
 
 
+@pytest.mark.slow
 def test_both_are_judged_and_patience_and_quiet_are_kept(evaluated: dict[str, Any], tmp_path: Path) -> None:
     options = {**evaluated, **FAST, "max_steps": 12, "eval_steps": 3, "kl_judged_on": ["eval", "train"]}
     options |= {"kl_actions": ["halve_lr"], "kl_patience": 2, "kl_cooldown": '{"halve_lr": 3}'}

@@ -202,6 +202,7 @@ def test_beta_follows_the_batch(tmp_path: Path, model: Path, reference: Path) ->
     )
 
 
+@pytest.mark.slow
 def test_the_average_that_beta_follows_is_in_the_checkpoint(tmp_path: Path, model: Path, reference: Path) -> None:
     data = tiny.write_rows(tmp_path / "pairs.jsonl", ROWS)
     usual = {

@@ -129,6 +129,7 @@ def test_a_finished_run_that_failed_a_gate_says_so_again(evaluated: dict[str, An
     assert again.code == 3 and "finished: nothing to do" in again.last_line
 
 
+@pytest.mark.slow
 def test_a_second_sigterm_ends_at_once(options: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     stopped = signalled(4, "SIGTERM,SIGTERM", options, out)

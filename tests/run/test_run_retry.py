@@ -110,6 +110,7 @@ def test_other_options_are_refused_by_name(options: dict[str, Any], retried: tup
     assert fresh.code == 2 and "output-dir-taken" in fresh.err
 
 
+@pytest.mark.slow
 def test_all_attempts_fail(options: dict[str, Any], tmp_path: Path) -> None:
     """The exit code is that of the last. Asked for more of them later, it goes on where it stood."""
     out, hopeless = tmp_path / "out", {**options, "target_kl": 1e-5, "max_steps": 2, "save_strategy": "no"}

@@ -112,6 +112,7 @@ def test_reports_say_what_the_kl_is_against(whole: Any) -> None:
         assert gates[name]["status"] == "not judged" and "the reference moved" in gates[name]["reason"]
 
 
+@pytest.mark.slow
 def test_a_rollback_brings_the_reference_of_its_checkpoint_back(
     evaluated: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
