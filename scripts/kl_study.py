@@ -49,25 +49,30 @@ COMMON: dict[str, Any] = {
 }
 ACTIONS: dict[str, Any] = {"kl_actions": ["halve_lr", "raise_beta", "rollback"]}
 REGION: dict[str, Any] = {"kl_trust_region": True}
-SAMPLED: dict[str, Any] = {"eval_on_policy_prompts": 256, "eval_on_policy_tokens": 40, "eval_on_start": True}
-"""at one rate, where the KL goes far without control: for the picture of reward over KL"""
+SAMPLED: dict[str, Any] = {"eval_on_policy_prompts": 128, "eval_on_policy_tokens": 40}
+"""at one rate, where the KL goes far without control: for the picture of reward over KL, whose first point is one run's start"""
+PENALTY: dict[str, Any] = {"kl_coef": 1.0, "kl_reduction": "sequence"}
 CONTROLS: dict[str, dict[str, Any]] = {
     "off": {},
     "actions": ACTIONS,
     "trust_region": REGION,
+    "penalty_and_actions": PENALTY | ACTIONS,
 }
-"""what is switched on, by the name of the control; each is run at every rate"""
+"""what is switched on, by the name of the control (the last is that of configs/standard.yaml); each is run at every rate, but for the
+actions at the lowest, where none is taken and the run is that without control"""
 
-PENALTIES: dict[str, dict[str, Any]] = {
-    "penalty_token_1": {"kl_coef": 1.0, "kl_reduction": "token"},
-    "penalty_token_100": {"kl_coef": 100.0, "kl_reduction": "token"},
-    "penalty_sequence_0.3": {"kl_coef": 0.3, "kl_reduction": "sequence"},
-    "penalty_sequence_1": {"kl_coef": 1.0, "kl_reduction": "sequence"},
-    "penalty_and_region": {"kl_coef": 1.0, "kl_reduction": "sequence"} | REGION,
+PENALTIES: dict[str, tuple[float, dict[str, Any]]] = {
+    "penalty_token_1": (RATES[2], {"kl_coef": 1.0, "kl_reduction": "token"}),
+    "penalty_token_100": (RATES[2], {"kl_coef": 100.0, "kl_reduction": "token"}),
+    "penalty_sequence_0.3": (RATES[2], {"kl_coef": 0.3, "kl_reduction": "sequence"}),
+    "penalty_sequence_1": (RATES[4], PENALTY),
+    "penalty_and_region": (RATES[4], PENALTY | REGION),
 }
-"""the penalty, at a rate that breaks the bound without it; the last two at the lowest and the highest as well"""
+"""the penalty: weights and reductions at a rate that breaks the bound, the strongest by itself and with the trust region at the highest"""
 
-PICTURED = ("off", "trust_region", "penalty_sequence_1")
+FREE = tuple(("off", beta) for beta in (BETA, *OTHER_BETAS))
+PICTURED = (*FREE, ("trust_region", BETA), ("penalty_and_actions", BETA))
+"""(control, beta) of the runs that sample answers; the first of them at its start too, which is that of all"""
 
 HEAD = """# The study: learning rates up to thirty times too high
 
@@ -90,7 +95,7 @@ the bound, *highest* that of all that were not rolled back; accuracies have thei
 REWARD = """
 ## Reward against KL
 
-As in the DPO paper (Rafailov et al. 2023, figure 2): at each evaluation the policy gives 256 answers to held-out prompts (temperature 1, up
+As in the DPO paper (Rafailov et al. 2023, figure 2): at each evaluation the policy gives 128 answers to held-out prompts (temperature 1, up
 to 40 tokens), VADER, which never saw the training, scores the answers, and the exact KL along them is measured. The pairs prefer
 criticism, so the reward is minus VADER's compound score (-1 to 1).
 
@@ -113,8 +118,18 @@ class Run:
         return f"{self.control}-lr{self.rate:g}-beta{self.beta:g}-seed{self.seed}"
 
     def command(self, folder: Path) -> list[str]:
-        sampled = SAMPLED if self.rate == RATES[2] and self.control in PICTURED else {}
-        given = {**COMMON, **self.options, **sampled, "learning_rate": self.rate, "beta": self.beta, "seed": self.seed}
+        what = (self.control, self.beta)
+        sampled = SAMPLED if self.rate == RATES[2] and what in PICTURED else {}
+        start = {"eval_on_start": True} if sampled and what == PICTURED[0] else {}
+        given = {
+            **COMMON,
+            **self.options,
+            **sampled,
+            **start,
+            "learning_rate": self.rate,
+            "beta": self.beta,
+            "seed": self.seed,
+        }
         given |= {"output_dir": folder / self.name, "resume_from_checkpoint": "auto"}
         words: list[str] = []
         for name, value in given.items():
@@ -126,9 +141,8 @@ class Run:
 def all_runs() -> list[Run]:
     """In the order of what they say most about."""
     every = [Run(control, rate, options=options) for control, options in CONTROLS.items() for rate in RATES]
-    every += [Run(control, RATES[2], options=options) for control, options in PENALTIES.items()]
-    ends = [(control, rate) for rate in (RATES[4], RATES[0]) for control in list(PENALTIES)[-2:]]
-    every += [Run(control, rate, options=PENALTIES[control]) for control, rate in ends]
+    every.remove(Run("actions", RATES[0]))
+    every += [Run(control, rate, options=options) for control, (rate, options) in PENALTIES.items()]
     claims = (("off", RATES[0]), ("trust_region", RATES[4]))  # the best without control, and the hardest with it
     every += [Run(c, rate, seed=seed, options=CONTROLS[c]) for seed in SEEDS[1:] for c, rate in claims]
     betas = (("off", OTHER_BETAS[0]), ("off", OTHER_BETAS[1]), ("trust_region", OTHER_BETAS[0]))
@@ -180,7 +194,7 @@ def write_page(found: Sequence[Ended]) -> None:
     text = HEAD.format(rates=", ".join(f"{r:g}" for r in RATES), pairs=main_runs[0].pairs)
     text += table(main_runs) + "\n"
     if penalties := [e for e in rest if e.control in PENALTIES]:
-        text += f"\n## The penalty alone\n\n{table(penalties)}\n"
+        text += f"\n## The penalty\n\n{table(penalties)}\n"
     if more := [e for e in rest if e.control not in PENALTIES]:
         text += f"\n## Another beta, other seeds\n\n{table(more, seeds=True)}\n"
     docs = ROOT / "docs"

@@ -51,6 +51,9 @@ LEAST_RISE = 0.03
 """Share of the first evaluation loss by which it has risen again (0.02 nats of ln 2)."""
 LEAST_LOGS = 5
 """Log lines below which nothing is said of every one of them."""
+FAR_CLIPPED = 30.0
+"""Times max_grad_norm that the usual norm is. DPO's loss sums over the tokens of an answer: with a max_grad_norm of 1 and a beta of 0.1
+norms of 5 to 20 are those of a healthy run, of which Adam, which divides by the gradient's size, takes no notice."""
 DROPPED = 0.1
 """Share of rows: from a tenth on the data that are trained on are another set than the one that was given."""
 
@@ -405,15 +408,23 @@ def always_clipped(case: Case) -> Words | None:
     norms, most = [y for _, y in case.training("grad_norm")], fmt.finite(case.options.get("max_grad_norm"))
     if not most or len(norms) < LEAST_LOGS or min(norms) <= most:
         return None
+    follows = case.options.get("optim") == "sgd"
+    if not follows and median(norms) < FAR_CLIPPED * most:
+        return None
     usual, low, high = (fmt.number(x, 2) for x in (median(norms), min(norms), max(norms)))
     text = (
         f"The gradient was clipped in each of the {len(norms):,} logged steps: its norm is {low} to {high} (median {usual}) against "
         f"max_grad_norm {most:g}. So all steps have a gradient of one length, and none that is unusual is tamed more than the others."
     )
+    what = (
+        "The steps of sgd are as long as the gradient, so this sets their length"
+        if follows
+        else "Other optimizers than sgd divide by the gradient's own size, so the learning rate still says how long the steps are"
+    )
     rounded = fmt.power(float(f"{2 * median(norms):.1g}"))
-    return text, (
-        "AdamW divides by the gradient's own size, so this is seldom harmful with it. To clip only what is unusual: "
-        f"max_grad_norm {rounded}; a larger batch or a lower beta makes gradients smaller."
+    return (
+        text,
+        f"{what}. To clip only what is unusual: max_grad_norm {rounded}; a larger batch or a lower beta makes gradients smaller.",
     )
 
 

@@ -23,7 +23,14 @@ Record = dict[str, Any]
 
 
 def start(steps: int = 100, **options: Any) -> Record:
-    quiet = {"max_grad_norm": 100.0, "kl_actions": [], "target_kl": 0.1, "learning_rate": 1e-6, "beta": 0.1}
+    quiet = {
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch",
+        "kl_actions": [],
+        "target_kl": 0.1,
+        "learning_rate": 1e-6,
+        "beta": 0.1,
+    }
     data = {"train": {"name": "t", "rows": 100, "kept": 100, "dropped": {}, "cut": 0}, "eval": {"eval": {"kept": 96}}}
     return runs.start(steps, options={**quiet, **options}, data=data)
 
@@ -168,14 +175,18 @@ def test_dropped(dropped: int, cut: int, expected: list[str]) -> None:
     assert names([{**first, "data": data}, *rest]) == expected
 
 
-def test_clipped(tmp_path: Path) -> None:
-    assert names(course(max_grad_norm=5.0)) == [], "at the bound nothing is cut"
-    assert names(course(max_grad_norm=4.9)) == ["always-clipped"]
+def test_clipped() -> None:
+    """The norm is 5 throughout."""
+    assert names(course(max_grad_norm=1.0)) == [], "as in every run with the usual options"
+    assert names(course(max_grad_norm=5.0 / 29)) == []
+    assert names(course(max_grad_norm=5.0 / 31)) == ["always-clipped"]
+    assert names(course(max_grad_norm=5.0, optim="sgd")) == [], "at the bound nothing is cut"
+    assert names(course(max_grad_norm=4.9, optim="sgd")) == ["always-clipped"]
     assert names(course(max_grad_norm=0.0)) == [], "0 does not clip"
 
 
 def test_it_is_told_in_the_report_and_in_the_terminal(tmp_path: Path) -> None:
-    records = course(evals=[{"eval_kl_divergence": 0.03 * i} for i in range(6)], max_grad_norm=1.0)
+    records = course(evals=[{"eval_kl_divergence": 0.03 * i} for i in range(6)], max_grad_norm=0.1)
     found = diagnose(records)
     assert [f.name for f in found] == ["kl-over-bound", "always-clipped"]
     verdict = runs.verdict(100, passed=False) | {"findings": [f.to_dict() for f in found]}
