@@ -1,9 +1,13 @@
-"""What every test needs before JAX is imported: CPU only, eight virtual devices, no network, one compile cache."""
+"""What every test needs before JAX is imported: CPU only, eight virtual devices, no network, one compile cache; and one device for those
+that run the trainer."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 _COMPILE_CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
 _DEVICES = "--xla_force_host_platform_device_count"
@@ -18,3 +22,16 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_COMPILE_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of the eight virtual devices the first alone (with all of them a step would take eight times the pairs), and caches of their own."""
+    import jax
+
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(jax, "devices", lambda *_: first)
+        patch.setattr(jax, "device_count", lambda *_: 1)
+        yield

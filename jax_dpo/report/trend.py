@@ -50,10 +50,12 @@ class Trend:
         return slope_text(self.slope, self.slope_error)
 
 
-def slope_text(slope: float, error: float | None, steps: int = 100) -> str:
-    """A slope per step over so many steps, with its standard error: "+0.012 ± 0.003 per 100 steps"."""
+def slope_text(slope: float, error: float | None) -> str:
+    """A slope per step, with its standard error: "+0.012 ± 0.003 per 100 steps". Fewer steps where 100 would be a whole unit
+    and more, further than the run that was so fast can have been long."""
+    steps = next((n for n in (100, 10) if abs(slope) * n < 1), 1)
     plus = "" if error is None else f" ± {_short(error * steps)}"
-    return f"{'+' if slope > 0 else ''}{_short(slope * steps)}{plus} per {steps} steps"
+    return f"{'+' if slope > 0 else ''}{_short(slope * steps)}{plus} per {_steps(steps)}"
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Trend | None:
@@ -68,6 +70,10 @@ def fit(points: Sequence[tuple[float, float]]) -> Trend | None:
         return Trend(n, center, level, slope, spread, None)
     squares = sum((y - level - slope * (x - center)) ** 2 for x, y in points)
     return Trend(n, center, level, slope, spread, math.sqrt(squares / (n - 2)))
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else f"{count} steps"
 
 
 def _short(value: float) -> str:

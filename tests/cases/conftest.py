@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,8 @@ _SPECIAL = {"llama2": (0, 1, 2), "bos_eos_nopad": (0, 1, None)}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One device and caches of their own, as in tests/run."""
-    import jax
-
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DPO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(jax, "devices", lambda *_: first)
-        patch.setattr(jax, "device_count", lambda *_: 1)
-        yield
+def _one_device(one_device: None) -> None:
+    """Every test here runs the trainer."""
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import report_runs as runs
 
-from jax_dpo.report.terminal import LiveLine, Quiet, Terminal
+from jax_dpo.report.live_line import LiveLine
+from jax_dpo.report.terminal import Quiet, Terminal
 
 _CODES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 

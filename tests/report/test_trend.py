@@ -32,7 +32,7 @@ def test_two_points_lie_on_their_line() -> None:
     line = fit([(0, 1.0), (20, 0.5)])
     assert line is not None
     assert (line.slope, line.slope_error, line.at(20)) == (-0.025, None, 0.5)
-    assert line.text == "-2.5 per 100 steps"
+    assert line.text == "-0.25 per 10 steps"
 
 
 def test_where_there_is_no_line() -> None:
@@ -43,3 +43,5 @@ def test_where_there_is_no_line() -> None:
 def test_a_slope_in_words() -> None:
     assert slope_text(0.000123, 0.00003) == "+0.012 ± 0.003 per 100 steps"
     assert slope_text(-1e-7, None) == "-1e-05 per 100 steps"
+    assert slope_text(0.012, 0.001) == "+0.12 ± 0.01 per 10 steps"
+    assert slope_text(-0.5, None) == "-0.5 per step"

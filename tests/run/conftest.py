@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights"))  # the 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Of the eight virtual devices these tests see the first: with all of them a step would take eight times the pairs."""
-    import jax
-
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DPO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(jax, "devices", lambda *_: first)
-        patch.setattr(jax, "device_count", lambda *_: 1)
-        yield
+def _one_device(one_device: None) -> None:
+    """Every test here runs the trainer."""
 
 
 @pytest.fixture(scope="session")
