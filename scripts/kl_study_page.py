@@ -19,7 +19,7 @@ TITLES = {
     "penalty_sequence_0.3": "penalty per sequence, kl_coef 0.3",
     "penalty_token_1": "penalty per token, kl_coef 1",
     "penalty_token_100": "penalty per token, kl_coef 100",
-    "penalty_and_actions": "standard recipe: penalty per sequence, kl_coef 1, and actions",
+    "penalty_and_actions": "standard recipe: penalty and actions",
     "penalty_and_region": "penalty per sequence, kl_coef 1, and trust region",
 }
 COLOURS = {"off": "#b23b3b", "actions": "#8a6d1f", "trust_region": "#1f6f8a", "penalty_and_actions": "#3c7d3c"}
