@@ -58,7 +58,7 @@ def test_before_the_first_step_nothing_happens() -> None:
     ("actions", "kls", "expected"),
     [
         # The order given, not the order of KL_ACTIONS, and round again.
-        (STANDARD, [HIGH] * 4, [["halve_lr"], ["raise_beta"], ["rollback"], ["halve_lr"]]),
+        (STANDARD, [HIGH] * 4, [["halve_lr"], ["raise_beta"], ["halve_lr", "rollback"], ["halve_lr"]]),
         (["raise_beta", "halve_lr"], [HIGH] * 3, [["raise_beta"], ["halve_lr"], ["raise_beta"]]),
         (["halve_lr"], [HIGH] * 3, [["halve_lr"]] * 3),
         # An evaluation within the bound takes nothing and does not start the order anew.
@@ -96,8 +96,10 @@ def test_values_of_one_round() -> None:
 
 
 def test_rollback_goes_to_the_start_where_no_checkpoint_held_the_bound() -> None:
-    _, (back,) = one(ControlState(Controls(1.0, 0.1, 1.0), 1e-6, 0.1, changed_at=5), HIGH, ["rollback"], good_step=0)
-    assert back.new == 0
+    """... with half the rate, though the values have changed since."""
+    state, (halved, back) = one(ControlState(Controls(1.0, 0.1, 1.0), 1e-6, 0.1, changed_at=5), 0.12, ["rollback"], good_step=0)
+    assert back.new == 0 and state.controls.learning_rate_scale == 0.5
+    assert "the bound was broken before any checkpoint held it" in halved.reason
     assert "the start: no checkpoint held the bound" in back.reason
 
 
@@ -120,13 +122,13 @@ def test_rollback_never_repeats_itself(kls: list[float], expected: list[list[str
 
 
 def test_a_rollback_from_far_over_the_bound_halves_as_often_as_the_kl_asks_for() -> None:
-    """KL like the square of the rate: 4 times the aim (0.09) needs one halving, 16 times two, and so on."""
+    """KL like the rate: twice the aim (0.09) needs one halving, 4 times two, and so on."""
     changed = ControlState(Controls(1.0, 0.1, 1.0), 1e-6, 0.1, changed_at=5)
-    for kl, halvings in ((0.2, 0), (0.359, 0), (0.361, 1), (1.43, 1), (1.45, 2), (23.1, 4)):
-        state, done = one(changed, kl, ["rollback"])
+    for kl, halvings in ((0.12, 0), (0.179, 0), (0.181, 1), (0.359, 1), (0.361, 2), (1.45, 4)):
+        state, done = one(changed, kl, ["rollback"], good_step=2)
         assert state.controls.learning_rate_scale == 0.5**halvings
         assert [a.kind for a in done] == ["halve_lr"] * (halvings > 0) + ["rollback"]
-    state, (halved, _) = one(start(), 23.1, ["rollback"])
+    state, (halved, _) = one(start(), 1.45, ["rollback"])
     assert state.controls.learning_rate_scale == 0.5**4 and "halved 4 times from 1e-06 to 6.25e-08" in halved.reason
     state, _ = one(start(), 1e9, ["rollback"])
     assert state.controls.learning_rate_scale == 1 / 1024
@@ -137,7 +139,7 @@ def test_after_the_last_step_only_a_rollback_helps() -> None:
     held = {"patience": {"rollback": 9}, "cooldown": {"halve_lr": 99}}
     state, (first,) = one(start(), HIGH, step=10, **held)
     assert first.kind == "halve_lr" and one(state, HIGH, step=20, **held)[1] == []
-    _, done = one(state, HIGH, step=20, last=True, **held)
+    _, done = one(state, 0.12, step=20, good_step=5, last=True, **held)
     assert [a.kind for a in done] == ["rollback"]
     assert one(start(), HIGH, ["halve_lr", "raise_beta"], last=True)[1] == []
     assert one(start(), LOW, last=True)[1] == []
