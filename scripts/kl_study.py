@@ -207,7 +207,7 @@ def write_page(found: Sequence[Ended]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], help="runs whose name contains this (may be repeated)")
+    parser.add_argument("--only", action="append", default=[], help="runs whose name begins with this (may be repeated)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the runs lie (outputs/kl_study)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="what they came to (docs/kl-study.jsonl)")
     parser.add_argument(
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--list", action="store_true", help="only name the runs, and which are done")
     options = parser.parse_args(argv)
-    runs = [run for run in all_runs() if not options.only or any(o in run.name for o in options.only)]
+    runs = [run for run in all_runs() if not options.only or any(run.name.startswith(o) for o in options.only)]
     done = results(options.results)
     if options.list:
         for run in runs:

@@ -18,7 +18,7 @@ rules are read here:
   bound itself would be gone back to for ever); after that the rollback is replaced by halving the learning rate.
 - A rollback from a KL far over the bound halves the learning rate as often as brings the KL near the bound, if it grows with the rate:
   else a rate that is many times too high would take a way there and back for each halving. (Near the reference it grows with the
-  square; whole runs at 1 to 30 times a rate ended with KLs that grew with its power of 0.7 to 1.4: docs/kl-study.md.)
+  square; whole runs at 1 to 30 times a rate ended with KLs that grew with its power of 0.6 to 1.4: docs/kl-study.md.)
 - After the last step only a rollback can still hold the bound, so it is its turn then, without patience or quiet.
 - A KL that is not finite means parameters that no learning rate mends: it goes straight to `rollback` where that is in
   `kl_actions`, without patience or quiet.
