@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.demo.judge import load_judge
-from scripts.kl_study_page import Ended, Point, ended, picture, reward_picture, table
+from scripts.kl_study_page import Ended, Point, ended, picture, rate_text, reward_picture, table
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs" / "kl_study"
@@ -191,7 +191,7 @@ def write_page(found: Sequence[Ended]) -> None:
     """docs/kl-study.md and its pictures."""
     main_runs = [e for e in found if (e.beta, e.seed) == (BETA, SEEDS[0]) and e.control in CONTROLS]
     rest = [e for e in found if e not in main_runs]
-    text = HEAD.format(rates=", ".join(f"{r:g}" for r in RATES), pairs=main_runs[0].pairs)
+    text = HEAD.format(rates=", ".join(map(rate_text, RATES)), pairs=main_runs[0].pairs)
     text += table(main_runs) + "\n"
     if penalties := [e for e in rest if e.control in PENALTIES]:
         text += f"\n## The penalty\n\n{table(penalties)}\n"
@@ -207,7 +207,9 @@ def write_page(found: Sequence[Ended]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], help="runs whose name begins with this (may be repeated)")
+    parser.add_argument(
+        "--only", action="append", default=[], help="runs whose name begins with this (may be repeated)"
+    )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the runs lie (outputs/kl_study)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="what they came to (docs/kl-study.jsonl)")
     parser.add_argument(

@@ -99,6 +99,12 @@ def _point(record: dict[str, Any], score: Callable[[str], float]) -> Point:
     return Point(record["step"], kl, error, mean, spread / math.sqrt(n))
 
 
+def rate_text(rate: float) -> str:
+    """A learning rate with two digits: 1.5e-4."""
+    digits, power = f"{rate:.1e}".split("e")
+    return f"{float(digits):g}e{int(power)}"
+
+
 def table(runs: Sequence[Ended], *, seeds: bool = False) -> str:
     """A row a run: what it ended at."""
     head = "| control | learning rate | beta |" + (" seed |" if seeds else "")
@@ -107,8 +113,9 @@ def table(runs: Sequence[Ended], *, seeds: bool = False) -> str:
     for r in runs:
         over = "**" if r.kl > BOUND else ""
         seed = f" {r.seed} |" if seeds else ""
+        what = f"{TITLES.get(r.control, r.control)} | {rate_text(r.rate)} | {r.beta:g}"
         lines.append(
-            f"| {TITLES.get(r.control, r.control)} | {r.rate:g} | {r.beta:g} |{seed} {over}{r.kl:.4f}{over} | {r.highest_kl:.4f} | "
+            f"| {what} |{seed} {over}{r.kl:.4f}{over} | {r.highest_kl:.4f} | "
             f"{r.margin:+.3f} | {r.accuracy:.1%} +- {r.error:.1%} | {r.actions or ''} |"
         )
     return "\n".join(lines)
@@ -125,7 +132,7 @@ def picture(runs: Sequence[Ended]) -> str:
     decades = [(10.0**e, f"{10.0**e:g}") for e in range(down, up + 1)]
     least = math.floor(10 * min(r.accuracy - r.error for r in runs)) / 10
     shares = [(least + i / 10, f"{least + i / 10:.0%}") for i in range(round((1 - least) * 10) + 1)]
-    x_ticks = [(rate, f"{rate:g}") for rate in rates]
+    x_ticks = [(rate, rate_text(rate)) for rate in rates]
     parts = []
     for i, (title, ticks, log) in enumerate(
         (("KL at the end, nats per token", decades, True), ("accuracy on held-out pairs", shares, False))
@@ -163,7 +170,7 @@ def reward_picture(runs: Sequence[Ended], rate: float) -> str:
     )
     every = max(1, round(most / 6))
     x_ticks = [(float(x), f"{x}") for x in range(0, most + 1, every)]
-    y_ticks = [(y / 5, f"{y / 5:+.1f}") for y in range(low, high + 1)]
+    y_ticks = [(y / 5, f"{y / 5:+.1f}" if y else "0") for y in range(low, high + 1)]
     width = 1.5 * WIDTH
     across = _scale((0.0, float(most)), (LEFT + 8, width - RIGHT - 8), log=False)
     height = _scale((low / 5, high / 5), (HEIGHT - BOTTOM, TOP), log=False)
@@ -186,6 +193,8 @@ def reward_picture(runs: Sequence[Ended], rate: float) -> str:
         x, y = across(p.kl), height(p.reward)
         shape = f"{x:.1f},{y - 7:.1f} {x + 7:.1f},{y:.1f} {x:.1f},{y + 7:.1f} {x - 7:.1f},{y:.1f}"
         title = el("title", f"{TITLES[run.control]}, beta {run.beta:g}, KL {p.kl:.2f}, reward {p.reward:+.2f}")
+        bar = {"y1": f"{height(p.reward - p.reward_se):.1f}", "y2": f"{height(p.reward + p.reward_se):.1f}"}
+        parts.append(el("line", x1=f"{x:.1f}", x2=f"{x:.1f}", **bar, stroke=COLOURS.get(run.control, "#444")))
         parts.append(el("polygon", title, points=shape, fill=COLOURS.get(run.control, "#444"), stroke="#ffffff"))
     for i, control in enumerate(dict.fromkeys(r.control for r in held)):
         words = f"{TITLES[control]}, at the end"

@@ -26,7 +26,7 @@ def test_a_run_is_read_from_its_log() -> None:
     run = ended("actions", 5e-6, 0.1, 42, log([0.0, 0.2, 0.07], 0.9, actions=2), float)
     assert (run.kl, run.highest_kl, run.actions, run.pairs) == (0.07, 0.2, 2, 100)
     assert run.error == pytest.approx(0.03)
-    assert "| actions | 5e-06 | 0.1 | 0.0700 | 0.2000 | +0.300 | 90.0% +- 3.0% | 2 |" in table([run])
+    assert "| actions | 5e-6 | 0.1 | 0.0700 | 0.2000 | +0.300 | 90.0% +- 3.0% | 2 |" in table([run])
     over = ended("off", 5e-6, 0.1, 42, log([0.0, 0.2], 0.9), float)
     assert "**0.2000**" in table([over])
 

@@ -40,7 +40,9 @@ def watched(usual: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_run_without_held_out_pairs_is_controlled(watched: Path) -> None:
     written = tiny.records(watched)
     actions = [r for r in written if r["kind"] == "kl_action"]
-    in_turn = [a["action"] for a in actions if "asks for" not in a["reason"]]  # without the halvings that belong to a rollback
+    in_turn = [
+        a["action"] for a in actions if "asks for" not in a["reason"]
+    ]  # without the halvings that belong to a rollback
     assert in_turn[:3] == ["halve_lr", "raise_beta", "rollback"]
     assert sum(a["action"] == "rollback" for a in actions) == 1
     assert all(a["judged_on"] == "train" and a["kl"] > 0.1 for a in actions)

@@ -97,7 +97,9 @@ def test_values_of_one_round() -> None:
 
 def test_rollback_goes_to_the_start_where_no_checkpoint_held_the_bound() -> None:
     """... with half the rate, though the values have changed since."""
-    state, (halved, back) = one(ControlState(Controls(1.0, 0.1, 1.0), 1e-6, 0.1, changed_at=5), 0.12, ["rollback"], good_step=0)
+    state, (halved, back) = one(
+        ControlState(Controls(1.0, 0.1, 1.0), 1e-6, 0.1, changed_at=5), 0.12, ["rollback"], good_step=0
+    )
     assert back.new == 0 and state.controls.learning_rate_scale == 0.5
     assert "the bound was broken before any checkpoint held it" in halved.reason
     assert "the start: no checkpoint held the bound" in back.reason
