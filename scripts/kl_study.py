@@ -85,9 +85,10 @@ HEAD = """# The study: learning rates up to thirty times too high
     .venv/bin/python scripts/kl_study.py --page  # this page
 
 The demo's model (SmolLM2-135M-Instruct) and pairs, and its configuration (`configs/demo.yaml`: 24 steps of 8 pairs, cosine, beta 0.1,
-float32) but for what is said. Evaluated every 6 steps (every 12 for other seeds and betas without control) on {pairs} pairs that are never trained on. Learning rates: {rates}; the
-lowest is the one that just reaches the bound of 0.1 nats per token. *KL at the end* is that of the last evaluation, bold where it is over
-the bound, *highest* that of all that were not rolled back; accuracies have their standard error.
+float32) but for what is said. Evaluated every 6 steps (every 12 for other seeds and betas without control) on {pairs} pairs that are
+never trained on. Learning rates: {rates}; the lowest is the one that just reaches the bound of 0.1 nats per token.
+*KL at the end* is that of the last evaluation, bold where it is over the bound, *highest* that of all that were not rolled back;
+accuracies have their standard error.
 
 ![KL at the end and held-out accuracy over the learning rate](kl-study.svg)
 
