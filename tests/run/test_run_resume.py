@@ -87,20 +87,20 @@ def test_sigterm_saves_and_the_same_command_finishes(options: list[str], unbroke
 def test_a_run_killed_after_rollbacks_goes_on_with_the_changed_values(
     evaluated: dict[str, Any], tmp_path: Path
 ) -> None:
-    """It goes back to the start, then to checkpoint-1, and is killed before it saves again."""
+    """It goes back to the start, then to checkpoint-3, and is killed before it saves again."""
     chosen = {"learning_rate": 2e-3, "lr_scheduler_type": "constant", "max_steps": 5, "save_steps": 1, "eval_steps": 1}
     chosen |= {"target_kl": 0.06, "kl_actions": ["halve_lr", "raise_beta", "rollback"], "save_total_limit": 2}
     options = tiny.flags({**evaluated, **chosen, "resume_from_checkpoint": "auto"})
     out, whole = tmp_path / "out", tmp_path / "whole"
     unbroken = tiny.jax_dpo("train", *options, "--output_dir", whole)
     rollbacks = [(r["old"], r["new"]) for r in tiny.records(whole, "kl_action") if r["action"] == "rollback"]
-    assert rollbacks[:2] == [(3, 0), (4, 1)]
-    killed = signalled("2:3", "SIGKILL", options, out)
+    assert rollbacks[:2] == [(3, 0), (5, 3)]
+    killed = signalled("4:2", "SIGKILL", options, out)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert tiny.checkpoints(out) == ["checkpoint-1"]
+    assert tiny.checkpoints(out)[-1] == "checkpoint-3"
     ended = tiny.jax_dpo("train", *options, "--output_dir", out)
     assert ended.code == unbroken.code, ended.err
-    assert "going on from checkpoint-1, after step 1" in ended.out
+    assert "going on from checkpoint-3, after step 3" in ended.out
     assert tiny.checkpoints(out) == tiny.checkpoints(whole)
     assert_equal_to_the_bit(out, whole)
 
