@@ -52,8 +52,6 @@ REGION: dict[str, Any] = {"kl_trust_region": True}
 SAMPLED: dict[str, Any] = {"eval_on_policy_prompts": 128, "eval_on_policy_tokens": 40}
 """at one rate, where the KL goes far without control: for the picture of reward over KL, whose first point is one run's start"""
 PENALTY: dict[str, Any] = {"kl_coef": 1.0, "kl_reduction": "sequence"}
-SELDOM: dict[str, Any] = {"eval_steps": 12, "save_steps": 12}
-"""for other seeds and betas without control, where an evaluation changes nothing"""
 CONTROLS: dict[str, dict[str, Any]] = {
     "off": {},
     "actions": ACTIONS,
@@ -85,8 +83,8 @@ HEAD = """# The study: learning rates up to thirty times too high
     .venv/bin/python scripts/kl_study.py --page  # this page
 
 The demo's model (SmolLM2-135M-Instruct) and pairs, and its configuration (`configs/demo.yaml`: 24 steps of 8 pairs, cosine, beta 0.1,
-float32) but for what is said. Evaluated every 6 steps (every 12 for other seeds and betas without control) on {pairs} pairs that are
-never trained on. Learning rates: {rates}; the lowest is the one that just reaches the bound of 0.1 nats per token.
+float32) but for what is said. Evaluated every 6 steps on {pairs} pairs that are never trained on. Learning rates: {rates};
+the lowest is the one that just reaches the bound of 0.1 nats per token.
 *KL at the end* is that of the last evaluation, bold where it is over the bound, *highest* that of all that were not rolled back;
 accuracies have their standard error.
 
