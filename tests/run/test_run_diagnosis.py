@@ -86,7 +86,7 @@ def test_kl_over_its_bound(train: Train) -> None:
     assert f"{points[-1][1] / 0.5:.2f} times its bound 0.5" in finding["text"]
     assert f"between steps {over - 2} and {over}" in finding["text"]
     slope, _ = np.polyfit(*zip(*points[-5:], strict=True), 1)
-    assert f"+{100 * slope:.2g} ±" in finding["text"]
+    assert f"+{10 * slope:.2g} ±" in finding["text"]
     assert "learning_rate (now 0.005; try 0.0025), or raise beta (now 0.1; try 0.15)" in finding["advice"]
     page = (out / "report.html").read_text()
     assert finding["text"] in page and finding["advice"] in page
