@@ -128,7 +128,7 @@ def test_full_training_follows_trl(case: str, tmp_path: Path) -> None:
         assert norm == pytest.approx(run["final_norms"][name], rel=FLOOR["norms"]), name
 
 
-@pytest.mark.parametrize("case", sorted(ADAPTERS))
+@pytest.mark.parametrize("case", ["lora", pytest.param("lora_continued", marks=pytest.mark.slow)])
 def test_adapters_follow_trl(case: str, tmp_path: Path) -> None:
     """`lora` is held against the base, `lora_continued` against the adapter as it came in."""
     run = replay(case, tmp_path / "out")

@@ -68,6 +68,7 @@ def test_fewer_pairs_than_a_step_takes(train: Any, tmp_path: Path, rows: int, no
     assert logged(out, "grad_norm") == [pytest.approx(norm, rel=RELATIVE)]
 
 
+@pytest.mark.slow
 def test_a_short_micro_batch_weighs_as_much_as_a_full_one(train: Any) -> None:
     """Seven pairs in micro-batches of two: the last holds one pair, which counts as two. Oracle: the mean of means of the single
     pairs' losses, which runs of their own give."""
@@ -135,6 +136,7 @@ def test_three_held_out_pairs_are_three(train: Any) -> None:
     assert logged(out, "eval_rewards/accuracies", "eval") == pytest.approx([1 / 3, 0.0])
 
 
+@pytest.mark.slow
 def test_ranking_by_the_margin_within_the_bound(train: Any) -> None:
     """Margins fall and the KL leaves its bound: the first checkpoint is the best, and stays beside the last."""
     out = train(
