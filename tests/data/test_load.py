@@ -225,7 +225,7 @@ def test_a_file_is_the_training_split_and_its_own_name(tmp_path: Path) -> None:
         ("a.jsonl", b'{\n "chosen": "a"\n}\n', "one object over many lines"),
         ("a.json", b'[{"chosen": "a"},\n {"chosen" "b"}]', r"a.json, line 2, column 12: not valid JSON"),
         ("a.jsonl", b'{"chosen": "a"}\n{"chosen": "\xff"}\n', "line 2: byte 0xff is not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-9], "no complete gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-9], "no complete gzip file"),
         ("a.parquet", b"PAR1 and no more", "no complete Parquet file"),
         ("a.csv", b"chosen,rejected\na,b\na,b,c\n", r"row 2 \(line 3\): 3 fields, the header has 2"),
         ("a.csv", b'chosen,rejected\na,"b\n', "not valid CSV"),
