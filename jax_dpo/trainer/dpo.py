@@ -24,6 +24,7 @@ from jax_dpo.train.signals import StopRequest
 from jax_dpo.train.state import TrainState
 from jax_dpo.trainer import curriculum, outputs
 from jax_dpo.trainer.chat import fit
+from jax_dpo.trainer.claim import claimed
 from jax_dpo.trainer.datasets import PairSet, prepare_evaluation, prepare_set, prepare_stream
 from jax_dpo.trainer.engine import Engine
 from jax_dpo.trainer.models import check_sync, pair_models
@@ -299,14 +300,20 @@ class DPOTrainer(TrlSurface):
             run of the same options, else start.
 
         Raises:
-          UserError: no training data; the directory holds another run; numbers that are not finite; no space; out of memory.
+          UserError: no training data; the directory holds another run, or one is at work there; numbers that are not finite; no
+            space; out of memory.
           Stopped: a signal; everything is saved.
         """
         if self.train_set is None:
             raise UserError("train-data-missing", "train() needs train_dataset.")
         self.train_set.data.require_pairs()
-        wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         out = Path(self.args.output_dir)
+        with claimed(out):
+            return self._train(
+                out, self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+            )
+
+    def _train(self, out: Path, wanted: bool | str | Path | None) -> TrainOutput:
         primary = is_primary()
         start = resume_step(out, wanted, self.args, self.identity(), self.display)
         if start.finished:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ import numpy as np
 import pytest
 import tiny
 from served_rules import served_model
+
+from jax_dpo.errors import UserError
+from jax_dpo.trainer.claim import claimed
 
 
 def test_a_second_run_is_refused_with_both_ways_out(usual: dict[str, Any], tmp_path: Path) -> None:
@@ -41,6 +46,39 @@ def test_a_second_run_is_refused_with_both_ways_out(usual: dict[str, Any], tmp_p
     assert [r["learning_rate"] for r in tiny.records(out, "train")] == [1e-4, 5e-5]
     assert (out / "notes.txt").read_text() == "mine"
     assert tiny.snapshot(out / "final")["model.safetensors"] != before["final/model.safetensors"]
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite_output_dir"], ["--resume_from_checkpoint", "auto"]])
+def test_a_directory_where_a_run_is_at_work_is_left_alone(
+    more: list[str], usual: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "run.jsonl").write_text('{"kind": "start", "step": 0}\n')
+    before = tiny.snapshot(tmp_path)
+    options = [*tiny.flags({**usual, "max_steps": 1}), "--output_dir", tmp_path, *more]
+    with claimed(tmp_path):
+        refused = tiny.jax_dpo("train", *options)
+    assert refused.code == 2 and "output-dir-in-use" in refused.err and "Traceback" not in refused.err
+    assert f"Another run is at work in {tmp_path}" in refused.err
+    assert tiny.snapshot(tmp_path) == before
+    if "--overwrite_output_dir" in more:
+        assert tiny.jax_dpo("train", *options).code == 0  # the claim ends with the run
+
+
+def test_a_claim_ends_with_its_process_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    held = "import sys, time; from pathlib import Path; from jax_dpo.trainer.claim import claimed\n"
+    held += "with claimed(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", held, str(out)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="at work"), claimed(out):
+            pass
+        other.kill()
+    with claimed(out):
+        (out / "run.jsonl").write_text("")
+    assert [f.name for f in out.iterdir()] == ["run.jsonl"]
+    with claimed(tmp_path / "new" / "out"):
+        pass
+    assert not (tmp_path / "new").exists()
 
 
 def test_auto_refuses_other_options_by_name(usual: dict[str, Any], data: Path, tmp_path: Path) -> None:
