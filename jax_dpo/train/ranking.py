@@ -86,7 +86,8 @@ def margin(entry: Entry, set_name: str | None = None, beta: float | None = None)
     """`rewards/margins` of an evaluation at the configured `beta`, whatever beta was in force when it was made."""
     found = value_of(entry, "rewards/margins", set_name)
     used = entry.get("beta")
-    return found if found is None or not beta or not used else found * beta / used
+    # The ratio is 1 where beta did not change, and the margin then as it was, to the bit.
+    return found if found is None or not beta or not used else found * (beta / used)
 
 
 def value_of(entry: Entry, metric: str, set_name: str | None) -> float | None:

@@ -67,7 +67,10 @@ def test_a_raised_beta_raises_no_score() -> None:
     """The same model evaluated at beta 0.1 and at 0.3: its margin is three times as large, its score the same."""
     ranking = Ranking(target_kl=0.1, beta=0.1)
     plain, raised = entry(5, gap=0.2, beta=0.1), entry(5, gap=0.6, beta=0.3)
-    assert ranking.score(plain) == pytest.approx(0.2)
+    assert ranking.score(plain) == 0.2
+    assert ranking.score(entry(5, gap=0.2031544954054727, beta=0.1)) == 0.2031544954054727, (
+        "beta is what it was: to the bit"
+    )
     assert ranking.score(raised) == pytest.approx(0.2)
     assert margin(raised) == 0.6, "without a configured beta the number stands as it is"
 
