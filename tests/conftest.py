@@ -1,4 +1,4 @@
-"""What every test needs before JAX is imported: CPU only, eight virtual devices, no network, one compile cache; and one device for those
+"""What every test needs before JAX is imported: CPU only, eight virtual devices, no network, one compile cache; and what those share
 that run the trainer."""
 
 from __future__ import annotations
@@ -35,3 +35,18 @@ def one_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(jax, "devices", lambda *_: first)
         patch.setattr(jax, "device_count", lambda *_: 1)
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """Programs are compiled without LLVM's optimizations, here and in processes that a test starts: a quarter less time for a whole run.
+
+    What the optimized ones compute is held by the tests of ops, models, losses, steps and meshes, and by .ci/run's demo and comparisons.
+    """
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)

@@ -21,7 +21,7 @@ _SPECIAL = {"llama2": (0, 1, 2), "bos_eos_nopad": (0, 1, None)}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_device(one_device: None) -> None:
+def _whole_runs(one_device: None, quick_compile: None) -> None:
     """Every test here runs the trainer."""
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights"))  # the 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_device(one_device: None) -> None:
+def _whole_runs(one_device: None, quick_compile: None) -> None:
     """Every test here runs the trainer."""
 
 
