@@ -1,7 +1,7 @@
 """The study behind docs/kl-control.md: the demo's model and pairs at learning rates up to thirty times too high, held in several ways.
 
     make demo                                   # once: makes the model and the pairs
-    .venv/bin/python scripts/kl_study.py        # about four hours on 2 cores; begun again, it goes on where it was
+    .venv/bin/python scripts/kl_study.py        # four to five hours on 2 cores; begun again, it goes on where it was
 
 Each run is a `jax-dpo train` of its own in outputs/kl_study; of what it writes, run.jsonl and verdict.json are kept. What it came to is a
 line of docs/kl-study.jsonl, and a run that has one is done. `--page` writes docs/kl-study.md and its pictures out of these lines.
@@ -66,9 +66,8 @@ PENALTIES: dict[str, tuple[float, dict[str, Any]]] = {
     "penalty_token_100": (RATES[2], {"kl_coef": 100.0, "kl_reduction": "token"}),
     "penalty_sequence_0.3": (RATES[2], {"kl_coef": 0.3, "kl_reduction": "sequence"}),
     "penalty_sequence_1": (RATES[4], PENALTY),
-    "penalty_and_region": (RATES[4], PENALTY | REGION),
 }
-"""the penalty: weights and reductions at a rate that breaks the bound, the strongest by itself and with the trust region at the highest"""
+"""the penalty: weights and reductions at a rate that breaks the bound, the strongest by itself at the highest"""
 
 FREE = tuple(("off", beta) for beta in (BETA, *OTHER_BETAS))
 PICTURED = (*FREE, ("trust_region", BETA), ("penalty_and_actions", BETA))
@@ -79,7 +78,7 @@ HEAD = """# The study: learning rates up to thirty times too high
 <!-- Made by `scripts/kl_study.py --page`. Do not edit. -->
 
     make demo
-    .venv/bin/python scripts/kl_study.py         # trains, about four hours on 2 cores; goes on where it was
+    .venv/bin/python scripts/kl_study.py         # trains, four to five hours on 2 cores; goes on where it was
     .venv/bin/python scripts/kl_study.py --page  # this page
 
 The demo's model (SmolLM2-135M-Instruct) and pairs, and its configuration (`configs/demo.yaml`: 24 steps of 8 pairs, cosine, beta 0.1,

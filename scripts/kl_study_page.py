@@ -20,7 +20,6 @@ TITLES = {
     "penalty_token_1": "penalty per token, kl_coef 1",
     "penalty_token_100": "penalty per token, kl_coef 100",
     "penalty_and_actions": "standard recipe: penalty and actions",
-    "penalty_and_region": "penalty per sequence, kl_coef 1, and trust region",
 }
 COLOURS = {"off": "#b23b3b", "actions": "#8a6d1f", "trust_region": "#1f6f8a", "penalty_and_actions": "#3c7d3c"}
 OF_BETAS = ("#b23b3b", "#7a4a9e", "#d08a2e")

@@ -94,5 +94,5 @@ def test_a_command_is_one_that_the_command_line_takes(tmp_path: Path, monkeypatc
         assert (package, command) == ("jax_dpo", "train")
         _, config = parse(words)
         assert (config.learning_rate, config.beta, config.seed) == (run.rate, run.beta, run.seed)
-        assert config.kl_trust_region == (run.control in ("trust_region", "penalty_and_region"))
+        assert config.kl_trust_region == (run.control == "trust_region")
         assert bool(config.kl_actions) == (run.control in ("actions", "penalty_and_actions"))
