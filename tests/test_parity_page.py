@@ -142,6 +142,7 @@ def recorded(path: Path, **changes: list[float]) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_replay_compares_every_step(
     stand_in: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

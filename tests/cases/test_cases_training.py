@@ -81,12 +81,13 @@ def test_warmup_outlasts_run() -> None:
     assert "warm-up (100 steps) outlasts the run (9 steps)" in ended.out and "Set warmup_steps to" in ended.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "metric", "greater"),
     [
-        pytest.param("best-metric-name.yaml", "loss", False, marks=pytest.mark.slow),
-        pytest.param("best-metric-name.yaml", "eval_rewards/accuracies", True, marks=pytest.mark.slow),
-        pytest.param("best-metric-name-sets.yaml", "near_loss", False, marks=pytest.mark.slow),
+        ("best-metric-name.yaml", "loss", False),
+        ("best-metric-name.yaml", "eval_rewards/accuracies", True),
+        ("best-metric-name-sets.yaml", "near_loss", False),
         ("best-metric-name-sets.yaml", "eval_far_rewards/accuracies", True),
     ],
 )

@@ -59,7 +59,7 @@ def inputs(T: int, N: int, G: int, H: int, dtype: str = "float32"):
     return make(N), make(G), make(G), make(N), pair, branch
 
 
-@pytest.mark.parametrize("T", [5, 64, 200])
+@pytest.mark.parametrize("T", [5, pytest.param(64, marks=pytest.mark.slow), 200])
 @pytest.mark.parametrize(("N", "G"), [(4, 4), (9, 3), (4, 1)])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (6, None), (None, 5.0), (7, 2.0)])
 def test_chunked_equals_plain_softmax_forward_and_backward(T, N, G, window, softcap) -> None:

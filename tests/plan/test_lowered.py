@@ -78,6 +78,7 @@ def test_memory_is_what_lies_there() -> None:
     assert need.temporary > weights / 8  # a gradient at least
 
 
+@pytest.mark.slow
 def test_a_reference_that_was_precomputed_takes_no_memory() -> None:
     """Its weights are no argument of the step, and its activations and logits are not made: its forward pass is not in the program."""
     need, work = [], []

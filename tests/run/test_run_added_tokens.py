@@ -119,7 +119,8 @@ def test_a_run_goes_on_and_its_model_is_evaluated_and_answers(
     assert again.model.config.vocab_size == 514 and again.notes == []
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_an_adapter_trains_the_rows_and_carries_them(options: dict[str, Any], tmp_path: Path, family: str) -> None:
     """qwen3 ties its head to its embedding, llama does not."""
     model = tiny.make_model(tmp_path / family, family)

@@ -53,6 +53,7 @@ def test_evaluate_gives_the_numbers_of_the_run(run: Path, model: Path, data: Pat
         assert float(shown.split("│")[2]) == pytest.approx(last[name], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_trains(usual: dict[str, Any], data: Path, tmp_path: Path) -> None:
     """The router's loss is in the log under TRL's name, and in the loss: at the start that of two equal models is ln 2."""
     mixture = tiny.make_model(tmp_path / "mixtral", "mixtral", num_local_experts=4, num_experts_per_tok=2)
@@ -143,6 +144,7 @@ def test_lora_trains_an_adapter_over_a_base_without_a_copy(
         np.testing.assert_allclose(tensor, want[name], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_acts_only_where_it_is_asked_for(usual: dict[str, Any], tmp_path: Path) -> None:
     losses = []
     for silent in (True, False):

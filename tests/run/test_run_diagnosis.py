@@ -149,6 +149,7 @@ def test_chosen_answers_that_fall_where_nothing_is_held_out(train: Train) -> Non
     assert f"training chosen answers has fallen by {fall:.3g} nats" in found["chosen-falls"]["text"]
 
 
+@pytest.mark.slow
 def test_length_exploitation(train: Train, sets: dict[str, Any]) -> None:
     """The words are the same on both sides: all that can be learned of other pairs is that chosen answers are longer."""
     out, found = train(**sets["lengths"])

@@ -151,6 +151,7 @@ def test_an_evaluation_names_its_rows(
     assert ended.code == 3, "a loss that is not finite does not pass for a good one"
 
 
+@pytest.mark.slow
 def test_evaluate_names_its_rows_too(options: dict[str, Any], model: Path, tmp_path: Path) -> None:
     """Of two sets, one of them called train, and of pairs that are longer than any row of the training."""
     from jax_dpo import DPOConfig, DPOTrainer

@@ -65,7 +65,7 @@ def test_merged_as_peft_merges(case: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=() if c in ("dora", "patterns") else pytest.mark.slow) for c in CASES], indirect=True
+    "case", [pytest.param(c, marks=() if c == "dora" else pytest.mark.slow) for c in CASES], indirect=True
 )
 def test_four_steps_as_trl_trains_them(case: Path, tmp_path: Path) -> None:
     run = json.loads((case / "run.json").read_text())

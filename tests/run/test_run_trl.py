@@ -113,8 +113,8 @@ def replay(case: str, out: Path) -> dict[str, Any]:
     return run
 
 
-# Each loss compiles a step of its own; these two are held to TRL on single batches as well (tests/train).
-SLOW = ("robust", "kl_sequence", "ipo", "linear", "truncated", "qwen3", "sync_ref", "precompute")
+# Each compiles a step of its own; the losses are held to TRL on single batches as well (tests/train).
+SLOW = ("gemma2", "sft_mix", "robust", "kl_sequence", "ipo", "linear", "truncated", "qwen3", "sync_ref", "precompute")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in CASES])

@@ -95,7 +95,7 @@ def token_weights(batch: Batch, pairs: list[int], engine: Engine) -> tuple[np.nd
     [
         pytest.param("llama", {}, marks=pytest.mark.slow),
         pytest.param("windows", {"gradient_checkpointing": False}, marks=pytest.mark.slow),
-        ("norms of q and k, tied", {}),
+        pytest.param("norms of q and k, tied", {}, marks=pytest.mark.slow),
         ("gemma2", {}),
         pytest.param("mixtral", {}, marks=pytest.mark.slow),
         pytest.param("mixtral", {"gradient_checkpointing": False}, marks=pytest.mark.slow),

@@ -161,6 +161,7 @@ def test_off_is_off_and_a_plain_model_has_no_router() -> None:
     assert caught.value.name == "micro-batch-tokens-small"
 
 
+@pytest.mark.slow
 def test_evaluation_loss_has_the_routers_share() -> None:
     with_it, without = (tiny_evaluation(c) for c in (0.5, 0.0))
     assert "eval_aux_loss" not in without

@@ -80,7 +80,7 @@ def is_activation(kind: str, shape: tuple[int, ...]) -> bool:
     return kind == "f32" and bool({ROW, SCORED} & set(shape)) and np.prod(shape) >= SCORED * 16
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_the_vocabulary_never_meets_the_tokens_of_a_row(mesh: tuple[int, int, int]) -> None:
     """Whole logits are made of scored tokens alone; in chunks not even of those."""
     dense, small = (arrays(compiled(mesh, chunks).as_text()) for chunks in (False, True))
@@ -93,7 +93,7 @@ def test_the_vocabulary_never_meets_the_tokens_of_a_row(mesh: tuple[int, int, in
     assert any(SCORED in shape and 48 in shape for _, shape in small)
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2)])
 @pytest.mark.parametrize("in_chunks", [False, True])
 def test_weights_travel_and_activations_stay(mesh: tuple[int, int, int], in_chunks: bool) -> None:
     """Nothing of a row is summed or gathered over data or fsdp; over tensor blocks are, as Megatron has it (arXiv 1909.08053)."""
@@ -141,6 +141,7 @@ def test_one_trace_serves_every_count_and_every_knob() -> None:
     assert e.step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_micro_batches() -> None:
     one, four = (memory_of(lowered((1, 1, 1), RowShape(ROW, SCORED, 4, 4), n).compile()) for n in (1, 4))
     assert four.temporary <= 1.3 * one.temporary
@@ -195,6 +196,7 @@ def test_what_a_layer_keeps_for_the_backward(remat: bool) -> None:
     assert kept == 3 * 2 * 160 * numbers
 
 
+@pytest.mark.slow
 def test_dropout_follows_its_key() -> None:
     e = tiny.engine_on((1, 1, 1), lora=True, steps=1, dropout=0.3, disable_dropout=False)
 
