@@ -187,7 +187,7 @@ def reward_picture(runs: Sequence[Ended], rate: float) -> str:
     for i, (run, curve) in enumerate(zip(free, curves)):
         colour = OF_BETAS[i % len(OF_BETAS)]
         parts.append(_curve([across(p.kl) for p in curve], [(p.reward, p.reward_se) for p in curve], height, colour))
-        parts.append(_label(width - 260, i, f"beta {run.beta:g}, control off", colour, HEIGHT - BOTTOM - 84))
+        parts.append(_label(0, i, f"beta {run.beta:g}, control off", colour))
     for run, p in ends:
         x, y = across(p.kl), height(p.reward)
         shape = f"{x:.1f},{y - 7:.1f} {x + 7:.1f},{y:.1f} {x:.1f},{y + 7:.1f} {x - 7:.1f},{y:.1f}"
@@ -197,7 +197,7 @@ def reward_picture(runs: Sequence[Ended], rate: float) -> str:
         parts.append(el("polygon", title, points=shape, fill=COLOURS.get(run.control, "#444"), stroke="#ffffff"))
     for i, control in enumerate(dict.fromkeys(r.control for r in held)):
         words = f"{TITLES[control]}, at the end"
-        parts.append(_label(width - 260, len(free) + i, words, COLOURS.get(control, "#444"), HEIGHT - BOTTOM - 84))
+        parts.append(_label(0, len(free) + i, words, COLOURS.get(control, "#444")))
     return _svg(width, parts)
 
 
