@@ -52,6 +52,11 @@ NOT_COMPARED = {*tiny.TIMING, "row_fill", "kind", "mfu"}
 
 
 @pytest.fixture(scope="module")
+def quick_compile() -> None:
+    """Compiled as for a user: the numbers are compared to their rounding, and sums that are not vectorized round more."""
+
+
+@pytest.fixture(scope="module")
 def options(evaluated: dict[str, Any]) -> dict[str, Any]:
     return {
         **evaluated,
