@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+from ports import held_port
 
 pytestmark = [pytest.mark.usefixtures("inputs"), pytest.mark.slow]
 COMMAND = "import sys; from jax_dpo.cli import main; sys.exit(main())"
@@ -113,12 +113,11 @@ def test_compile_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("mine", "found"), [(0, "1 of 2 joined"), (1, "nobody answers there")])
 def test_half_a_pod(mine: int, found: str) -> None:
     """jax-ml/jax#35905, #22436: one of two hosts was started, or the port is closed; told by the environment, as schedulers do."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{probe.getsockname()[1]}"
-    place = {"JAX_COORDINATOR_ADDRESS": where, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(mine)}
     before = "import jax_dpo.sharding.multihost as m; m.JOIN_SECONDS = 4"
-    ended = process("train", "remainder.yaml", "--output_dir", "out", before=before, **place)
+    with held_port() as port:
+        where = f"127.0.0.1:{port}"
+        place = {"JAX_COORDINATOR_ADDRESS": where, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(mine)}
+        ended = process("train", "remainder.yaml", "--output_dir", "out", before=before, **place)
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert f"process {mine} of 2 waited 4 s at {where}: {found}" in line

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from ports import held_port
 
 from jax_dpo.data.load import is_stream, list_splits, load_rows, open_stream, split_rows
 from jax_dpo.errors import UserError
@@ -250,19 +250,17 @@ def test_missing_files_are_not_looked_for_on_the_hub(name: str) -> None:
 
 def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """A port that nothing listens on: one clear error, quickly, and `datasets` is as it was."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     import datasets.config
 
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    start = time.perf_counter()
-    with pytest.raises(UserError, match="cannot be reached") as error:
-        load_rows("some-owner/some-pairs", split="train")
-    assert error.value.name == "hub-unreachable" and time.perf_counter() - start < 5
+    with held_port() as port:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+        start = time.perf_counter()
+        with pytest.raises(UserError, match="cannot be reached") as error:
+            load_rows("some-owner/some-pairs", split="train")
+        assert error.value.name == "hub-unreachable" and time.perf_counter() - start < 5
     assert datasets.config.HF_HUB_OFFLINE is False
 
 

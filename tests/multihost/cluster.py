@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tiny
+from ports import held_port
 
 COMMAND = "import sys; from jax_dpo.cli import main; sys.exit(main())"
 
@@ -36,9 +37,8 @@ class Cluster:
         self, out: Path, *, processes: int = 2, only: int | None = None, before: str = "", **changes: Any
     ) -> Running:
         """Starts the processes of a run (or one of them); `before` is run in each ahead of the command."""
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
+        held = ExitStack()
+        port = held.enter_context(held_port())
         environment = {
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
@@ -58,16 +58,17 @@ class Cluster:
                     cwd=self.folder,
                 )
             )
-        return Running(started)
+        return Running(started, held)
 
     def run(self, out: Path, **how: Any) -> list[Ended]:
         return self.start(out, **how).wait()
 
 
 class Running(NamedTuple):
-    """Processes that were started."""
+    """Processes that were started, and what keeps their port theirs until they have ended."""
 
     processes: list[subprocess.Popen[str]]
+    held: ExitStack
 
     def wait(self, seconds: float = 200) -> list[Ended]:
         """Waits for all of them; whoever has not ended by then is killed, and the test fails."""
@@ -77,6 +78,7 @@ class Running(NamedTuple):
         finally:
             for p in self.processes:
                 p.kill()
+            self.held.close()
 
     @staticmethod
     def _ended(process: subprocess.Popen[str], seconds: float) -> Ended:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ports import held_port
 
 from jax_dpo.errors import UserError
 from jax_dpo.train import checkpoint as module
@@ -595,29 +596,25 @@ print("fine", flush=True)
 
 @pytest.mark.slow
 def test_two_processes_share_one_checkpoint(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, str(rank), str(tmp_path / "out"), port, ""],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=env,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for run in runs:
-            output, _ = run.communicate(timeout=100)
-            assert run.returncode == 0 and "fine" in output, output
-    finally:
-        for run in runs:
-            run.kill()
+    with held_port() as port:
+        runs = [
+            subprocess.Popen(
+                [sys.executable, "-c", TWO, str(rank), str(tmp_path / "out"), str(port), ""],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=env,
+            )
+            for rank in range(2)
+        ]
+        try:
+            for run in runs:
+                output, _ = run.communicate(timeout=100)
+                assert run.returncode == 0 and "fine" in output, output
+        finally:
+            for run in runs:
+                run.kill()
     # One process of eight devices reads what two of four wrote.
     with Checkpoints(tmp_path / "out", save_total_limit=None) as checkpoints:
         found, _ = checkpoints.restore(4, {"w": jax.ShapeDtypeStruct((64,), jnp.float32)})
