@@ -62,7 +62,8 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None)
     Where no argument is given, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID stand for them.
 
     Raises:
-      UserError: options that are given only in part. Where not all processes come in JOIN_SECONDS the process ends, saying so.
+      UserError: options that are given only in part; the port is another run's. Where not all processes come in JOIN_SECONDS the process
+        ends, saying so.
     """
     import jax
 
@@ -80,6 +81,13 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None)
         )
     if jax.distributed.is_initialized():
         return
+    # JAX shares its port with whoever asks for it (SO_REUSEPORT): the processes of two runs would join each other's and end both.
+    if process_id == 0 and coordinator is not None and _answers(coordinator):
+        raise UserError(
+            "coordinator-port-in-use",
+            f"coordinator_address {coordinator}: something listens there already, mostly another run on this machine, whose processes "
+            "would be mixed up with this one's. Give this run another port, the same to all of its processes.",
+        )
     # JAX ends a process whose peers do not come with an abort and a stack trace, so this clock runs out first.
     clock = threading.Timer(
         JOIN_SECONDS, _give_up, (coordinator or f"the coordinator of {cluster}", processes, process_id)
